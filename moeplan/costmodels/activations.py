@@ -1,0 +1,122 @@
+"""Bytes that one layer keeps from its forward pass for its backward pass, per micro-batch and rank.
+
+Sums over the tensors that Megatron-Core with Transformer Engine saves (arXiv:2205.05198, section 4, brought up to fused
+attention and softmax): T = micro-batch x sequence / cp tokens, sharded over tp where sequence parallelism or the heads allow;
+r = rows after dispatch. Inputs of quantised GEMMs are kept quantised (`saved` bytes an element). Every recompute module
+removes named terms. Units: bytes. Valid for flash-style attention, which keeps no score matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moeplan.costmodels.counts import block_weights
+from moeplan.costmodels.layout import Layouts
+from moeplan.costmodels.model import Attention, Block, LatentAttention, Layer, Mlp, Model, Moe
+from moeplan.costmodels.routing import expert_rows
+from moeplan.costmodels.workload import Workload
+
+
+def rank_tokens(workload: Workload, layouts: Layouts) -> Any:
+    """Tokens of one micro-batch on one context-parallel rank, [n]."""
+    return layouts.micro_batch * workload.seq_len / layouts.cp
+
+
+def shard(layouts: Layouts) -> Any:
+    """Ways that norms and residuals are cut: tp with sequence parallelism, else 1, [n]."""
+    return np.where(layouts.sequence_parallel, layouts.tp, 1)
+
+
+def routed_rows(block: Moe, workload: Workload, layouts: Layouts) -> Any:
+    """Rows that one rank's experts hold after dispatch, imbalance or padded capacity included, [n]."""
+    rows = expert_rows(rank_tokens(workload, layouts) / shard(layouts), block.active_experts, layouts.etp, workload.imbalance)
+    return rows * max(1.0, workload.capacity_factor)
+
+
+def separate_norm(block: Block) -> bool:
+    """Whether the norm before `block` is a kernel of its own; elsewhere it is part of the projection and never recomputed."""
+    return isinstance(block, (LatentAttention, Moe))
+
+
+def layer_activation_bytes(layer: Layer, model: Model, workload: Workload, layouts: Layouts) -> Any:
+    """Saved bytes of one layer for one micro-batch, recompute taken off, [n]."""
+    residual = 2.0 * rank_tokens(workload, layouts) * model.hidden / shard(layouts)
+    kept = sum(_block_bytes(block, model, workload, layouts) for block in layer.blocks)
+    return np.where(layouts.recomputes("full"), residual, kept)
+
+
+def _block_bytes(block: Block, model: Model, workload: Workload, layouts: Layouts) -> Any:
+    tokens, sharded = rank_tokens(workload, layouts), shard(layouts)
+    saved = workload.precision.quantized_bytes
+    again = layouts.recomputes("layernorm") & separate_norm(block)
+    norm_output = np.where(again, 0.0, saved) * tokens * model.hidden / sharded
+    norms = 2.0 * tokens * model.hidden / sharded + norm_output
+    match block:
+        case Attention():
+            return norms + _attention_bytes(block, saved, tokens, layouts)
+        case LatentAttention():
+            return norms + _latent_bytes(block, saved, tokens, layouts)
+        case Mlp():
+            kept = _feed_forward_bytes(block.width, block.gated, saved) * tokens / layouts.tp
+            return norms + np.where(layouts.recomputes("mlp"), 0.0, kept)
+        case Moe():
+            return norms + _moe_bytes(block, model, workload, layouts)
+        case _:
+            # State-space and linear attention keep their projections' outputs twice (before and after the convolution).
+            projected = sum(w.out for w in block_weights(block, model.hidden) if w.gemm and w.inp == model.hidden)
+            return norms + (2.0 * 2.0 * projected + saved * model.hidden) * tokens / layouts.tp
+
+
+def _attention_bytes(block: Attention, saved: float, tokens: Any, layouts: Layouts) -> Any:
+    qkv = block.heads * block.head_dim * (2 if block.gate else 1) + block.kv_heads * (block.head_dim + block.v_head_dim)
+    return (2.0 * qkv * tokens + _core_bytes(block.heads, block.v_head_dim, saved, tokens, layouts)) / layouts.tp
+
+
+def _core_bytes(heads: int, v_dim: int, saved: float, tokens: Any, layouts: Layouts) -> Any:
+    """Attention output in bf16 (also the projection's input: once more where that is quantised) and log-sum-exp in fp32."""
+    output = (2.0 + (saved if saved < 2 else 0.0)) * heads * v_dim * tokens
+    return output + np.where(layouts.recomputes("core_attn"), 0.0, 4.0 * heads * tokens)
+
+
+def _latent_bytes(block: LatentAttention, saved: float, tokens: Any, layouts: Layouts) -> Any:
+    sharded = shard(layouts)
+    down = ((2.0 + saved) * (block.q_rank + block.kv_rank) + 2.0 * block.rope_dim) * tokens / sharded
+    up = 2.0 * block.heads * (2 * (block.nope_dim + block.rope_dim) + block.v_dim) * tokens / layouts.tp
+    core = _core_bytes(block.heads, block.v_dim, saved, tokens, layouts) / layouts.tp
+    return down + np.where(layouts.recomputes("mla_up_proj"), 0.0, up) + core
+
+
+def _feed_forward_bytes(width: int, gated: bool, saved: float) -> float:
+    """Per token: output of the first matrix in bf16 and the activation, which is the second matrix's input."""
+    return (4.0 if gated else 2.0) * width + saved * width
+
+
+def _moe_bytes(block: Moe, model: Model, workload: Workload, layouts: Layouts) -> Any:
+    tokens, saved = rank_tokens(workload, layouts), workload.precision.quantized_bytes
+    rows, inner = routed_rows(block, workload, layouts), block.latent or model.hidden
+    # Dispatched rows as input of the first expert matrix, and the experts' output before it is weighted and combined.
+    dispatched = (saved + 2.0) * rows * inner
+    fc1 = (4.0 if block.gated else 2.0) * rows * block.width / layouts.etp
+    act = np.where(layouts.recomputes("moe_act"), 0.0, saved * rows * block.width / layouts.etp)
+    router = 8.0 * (block.experts + block.zero_experts) * tokens / shard(layouts)
+    shared = _feed_forward_bytes(block.shared_width, block.gated, saved) * tokens / layouts.tp
+    shared = np.where(layouts.recomputes("shared_experts"), 0.0, shared)
+    return np.where(layouts.recomputes("moe"), 0.0, dispatched + fc1 + act + router + shared)
+
+
+def working_set_bytes(layer: Layer, model: Model, workload: Workload, layouts: Layouts) -> Any:
+    """Temporary bytes of the backward pass of one layer: gradients of its widest block's input and hidden, [n]."""
+    tokens = rank_tokens(workload, layouts)
+    widest: Any = 0.0
+    for block in layer.blocks:
+        if isinstance(block, Moe):
+            rows = routed_rows(block, workload, layouts)
+            need = 4.0 * rows * (block.latent or model.hidden) + 4.0 * rows * block.width / layouts.etp
+        elif isinstance(block, Mlp):
+            need = 4.0 * tokens * model.hidden + 4.0 * tokens * block.width / layouts.tp
+        else:
+            need = 8.0 * tokens * model.hidden / layouts.tp
+        widest = np.maximum(widest, need)
+    return widest

@@ -1,0 +1,106 @@
+"""Communication inside one layer: tensor-, context- and expert-parallel, for one micro-batch of one rank.
+
+Tensor parallelism with sequence sharding gathers a block's input and scatters its output, and in the backward pass gathers
+the output's gradient, scatters the input's and gathers the input again for the weight gradient (arXiv:2205.05198). Context
+parallelism passes keys and values around a ring while attention works on the block at hand (arXiv:2310.01889). Expert
+parallelism dispatches tokens to experts and combines them, once in each direction. Each function gives what stays exposed
+after the overlap that the layout's features allow; the shares are in `constants.py`. Units: seconds, [n].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moeplan.costmodels.activations import rank_tokens, shard
+from moeplan.costmodels.collectives import all_gather_s, all_reduce_s, all_to_all_s, group, reduce_scatter_s
+from moeplan.costmodels.constants import OVERLAP
+from moeplan.costmodels.kernels import PassTimes
+from moeplan.costmodels.layout import Layouts
+from moeplan.costmodels.model import Attention, Block, LatentAttention, LinearAttention, Mamba, Model, Moe
+from moeplan.costmodels.routing import all_to_all_copies, deduplicated_copies
+from moeplan.costmodels.workload import Workload
+from moeplan.profiles.profile import Profile
+
+
+def tensor_exchange(block: Block, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:
+    """Exposed tensor-parallel communication of one block; routed experts have none of their own here."""
+    out = PassTimes()
+    if isinstance(block, Moe) and not block.shared_width:
+        return out
+    where = group(profile, layouts.tp, 1)
+    width = model.hidden
+    if isinstance(block, LatentAttention):  # the compressed queries and keys are gathered, not the hidden state
+        width = (block.q_rank or model.hidden) + block.kv_rank + block.rope_dim
+    buffer = 2.0 * rank_tokens(workload, layouts)
+    gathered, scattered = buffer * width, buffer * model.hidden
+    into, back = all_gather_s(profile, gathered, where), reduce_scatter_s(profile, scattered, where)
+    forward = into + back
+    backward = all_gather_s(profile, scattered, where) + reduce_scatter_s(profile, gathered, where) + into
+    reduced = all_reduce_s(profile, scattered, where)
+    exposed = np.where(layouts.tp_overlap, OVERLAP.tensor_exposed, 1.0) * (layouts.tp > 1)
+    out.add(
+        "tensor-parallel exchange",
+        exposed * np.where(layouts.sequence_parallel, forward, reduced),
+        exposed * np.where(layouts.sequence_parallel, backward, reduced),
+    )
+    return out
+
+
+def context_exchange(
+    block: Block, profile: Profile, workload: Workload, layouts: Layouts, core_forward: Any, core_backward: Any
+) -> PassTimes:
+    """Exposed ring exchange of keys and values, given the attention core's own seconds that it hides behind."""
+    out = PassTimes()
+    match block:
+        case Attention():
+            width: Any = np.maximum(block.kv_heads / layouts.tp, 1.0) * (block.head_dim + block.v_head_dim)
+        case LatentAttention():
+            width = block.heads * (block.nope_dim + block.rope_dim + block.v_dim) / layouts.tp
+        case LinearAttention() | Mamba():
+            width = 0.0  # only the small recurrent state passes on
+        case _:
+            return out
+    where = group(profile, layouts.cp, layouts.tp)
+    rate = np.where(where.domains > 1, profile.scale_out_bytes_per_s, profile.scale_up_bytes_per_s)
+    step = 2.0 * rank_tokens(workload, layouts) * width / rate
+    # The last of cp steps has nothing left to fetch, and a step hides behind the attention of one block.
+    hidden = core_forward / layouts.cp
+    forward = (layouts.cp - 1) * np.maximum(step - hidden, 0.0)
+    backward = (layouts.cp - 1) * np.maximum(2.0 * step - core_backward / layouts.cp, 0.0)
+    out.add("context-parallel exchange", forward, backward)
+    return out
+
+
+def expert_exchange(block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:
+    """Exposed dispatch and combine of routed experts; the same bytes go back in the backward pass."""
+    out = PassTimes()
+    full = expert_exchange_s(block, model, profile, workload, layouts)
+    exposed = np.where(layouts.ep_overlap, OVERLAP.expert_exposed, 1.0) * full
+    out.add("expert all-to-all", exposed, exposed)
+    return out
+
+
+def expert_exchange_s(block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> Any:
+    """Seconds of one dispatch and one combine without any overlap."""
+    tokens = rank_tokens(workload, layouts) / shard(layouts)
+    inner, topk = block.latent or model.hidden, block.active_experts
+    token_bytes = 2.0 * tokens * inner * workload.imbalance
+    where = group(profile, layouts.ep, layouts.etp)
+    plain = all_to_all_copies(topk, where.ranks, where.local)
+    once = deduplicated_copies(topk, where.ranks, where.local)
+    alltoall = 2.0 * all_to_all_s(profile, token_bytes * plain.scale_out, token_bytes * plain.scale_up, where)
+    both = group(profile, layouts.ep * layouts.etp, 1)
+    everywhere = 2.0 * tokens * inner * layouts.ep * layouts.etp
+    gathered = all_gather_s(profile, everywhere, both) + reduce_scatter_s(profile, everywhere, both)
+    seconds = np.where(layouts.dispatches_with("allgather"), gathered, alltoall)
+    for library in ("deepep", "hybridep"):
+        fast = profile.dispatch_s(library, token_bytes * once.scale_up, token_bytes * once.scale_out, tokens)
+        seconds = np.where(layouts.dispatches_with(library), fast, seconds)
+    # Experts cut over etp ranks gather the rows of all of them, and scatter their sums.
+    rows = 2.0 * tokens * topk * inner * layouts.etp * workload.imbalance
+    lanes = group(profile, layouts.etp, 1)
+    sharded = all_gather_s(profile, rows, lanes) + reduce_scatter_s(profile, rows, lanes)
+    seconds = seconds * (layouts.ep > 1) + np.where(layouts.dispatches_with("allgather"), 0.0, sharded) * (layouts.etp > 1)
+    return seconds * (layouts.ep * layouts.etp > 1)

@@ -1,0 +1,161 @@
+"""Device time of one block: GEMM, attention core, memory traffic, forward and backward, for one micro-batch of one rank.
+
+GEMM and attention times come from the profile's curves at the sharded shapes; a weight has three products: forward
+[T, in] x [in, out], data gradient [T, out] x [out, in], weight gradient [out, T] x [T, in]. Element-wise work is bytes over
+the streaming rate, with bytes counted as reads and writes of bf16 tensors. Units: seconds; arrays over layouts, [n].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moeplan.costmodels.activations import rank_tokens, routed_rows, shard
+from moeplan.costmodels.counts import Shard, Weight, attention_flops_per_token, block_weights
+from moeplan.costmodels.layout import Layouts
+from moeplan.costmodels.model import Attention, Block, LatentAttention, LinearAttention, Mamba, Mlp, Model, Moe
+from moeplan.costmodels.workload import Workload
+from moeplan.profiles.profile import Profile
+
+NORM_BYTES = 10.0
+"""Bytes per hidden element of a norm and the residual add after its block: read and write bf16 (4), read two, write one (6)."""
+ROPE_BYTES = 6.0
+"""Bytes per query, key or value element of rotary embedding, bias and layout change."""
+ACTIVATION_BYTES = 6.0
+"""Bytes per hidden unit of a gated activation: read two, write one, bf16."""
+BACKWARD_TRAFFIC = 1.5
+"""Element-wise backward traffic over forward: the gradient is read beside the saved input."""
+PERMUTE_PASSES = {"fused": 4.0, "separate": 8.0}
+"""Passes over the dispatched rows, read and write counted apart: the fused dispatchers leave one permute and one un-permute."""
+SCAN_PASSES = 6.0
+"""Passes over the projected channels of a state-space or linear-attention scan."""
+
+
+@dataclass(slots=True)
+class PassTimes:
+    """Seconds by part name, forward and backward apart; every value is an array [n]."""
+
+    forward: dict[str, Any] = field(default_factory=dict)
+    backward: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, forward: Any, backward: Any) -> None:
+        """Add to the part `name`."""
+        self.forward[name] = self.forward.get(name, 0.0) + forward
+        self.backward[name] = self.backward.get(name, 0.0) + backward
+
+    def merge(self, other: PassTimes) -> None:
+        """Add all parts of `other`."""
+        for name in other.forward:
+            self.add(name, other.forward[name], other.backward[name])
+
+
+def dense_times(block: Block, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:
+    """Device seconds of one block without its routed experts and without communication."""
+    out = PassTimes()
+    tokens = rank_tokens(workload, layouts)
+    name = "attention GEMM" if not isinstance(block, (Mlp, Moe)) else "MLP GEMM"
+    for weight in block_weights(block, model.hidden):
+        if weight.gemm and not weight.shard.is_expert and not _is_routing(weight):
+            out.add(name, *dense_gemm_s(weight, tokens, profile, workload.precision.gemm, layouts))
+    traffic = NORM_BYTES * model.hidden * tokens / shard(layouts)
+    match block:
+        case Attention() | LatentAttention():
+            _add_attention(out, block, profile, workload, layouts, tokens)
+            traffic = traffic + ROPE_BYTES * _projected(block) * tokens / layouts.tp
+        case Mamba() | LinearAttention():
+            _add_scan(out, block, model, profile, workload, layouts, tokens)
+        case Mlp() | Moe():
+            width = block.width if isinstance(block, Mlp) else block.shared_width
+            traffic = traffic + _activation_bytes(block) * width * tokens / layouts.tp
+    forward = profile.stream_s(traffic)
+    out.add("norms and activations", forward, BACKWARD_TRAFFIC * forward)
+    return out
+
+
+def routed_times(block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:
+    """Device seconds of the routed experts of one block: router, permutes and expert products, without communication."""
+    out = PassTimes()
+    for weight in block_weights(block, model.hidden):
+        if weight.gemm and _is_routing(weight):
+            out.add("router", *dense_gemm_s(weight, rank_tokens(workload, layouts), profile, "bf16", layouts))
+    _add_experts(out, block, model, profile, workload, layouts)
+    return out
+
+
+def _is_routing(weight: Weight) -> bool:
+    """Router and latent projections work on a rank's own tokens, before they are dispatched."""
+    return weight.name in ("router", "latent_down", "latent_up")
+
+
+def _activation_bytes(block: Mlp | Moe) -> float:
+    return ACTIVATION_BYTES if block.gated else 4.0
+
+
+def dense_gemm_s(weight: Weight, tokens: Any, profile: Profile, gemm: str, layouts: Layouts) -> tuple[Any, Any]:
+    """Seconds of the forward product, and of both gradients, of a weight that is not an expert's."""
+    curve = profile.gemm(gemm)
+    out = weight.out / np.where(weight.shard is Shard.COLUMN, layouts.tp, 1)
+    inp = weight.inp / np.where(weight.shard is Shard.ROW, layouts.tp, 1)
+    rows = tokens / (shard(layouts) if weight.shard is Shard.REPLICATED else 1)
+    return curve.seconds(rows, out, inp), curve.seconds(rows, inp, out) + curve.seconds(out, inp, rows)
+
+
+def _projected(block: Attention | LatentAttention) -> int:
+    """Query, key and value elements of a token."""
+    if isinstance(block, LatentAttention):
+        return block.heads * (2 * (block.nope_dim + block.rope_dim) + block.v_dim)
+    return block.heads * block.head_dim + block.kv_heads * (block.head_dim + block.v_head_dim)
+
+
+def _add_attention(
+    out: PassTimes, block: Attention | LatentAttention, profile: Profile, workload: Workload, layouts: Layouts, tokens: Any
+) -> None:
+    if isinstance(block, LatentAttention):
+        qk, v, kv_heads = block.nope_dim + block.rope_dim, block.v_dim, block.heads
+    else:
+        qk, v, kv_heads = block.head_dim, block.v_head_dim, block.kv_heads
+    curve = profile.attention(qk, v)
+    flop = tokens * attention_flops_per_token(block, workload.seq_len) / layouts.tp
+    moved = 2.0 * tokens * (block.heads + np.maximum(kv_heads, layouts.tp)) * (qk + v) / layouts.tp
+    out.add("attention core", curve.seconds(flop, moved), curve.backward_seconds(flop, moved))
+
+
+def _add_scan(
+    out: PassTimes,
+    block: Mamba | LinearAttention,
+    model: Model,
+    profile: Profile,
+    workload: Workload,
+    layouts: Layouts,
+    tokens: Any,
+) -> None:
+    channels = sum(w.out for w in block_weights(block, model.hidden) if w.gemm and w.inp == model.hidden)
+    flop = tokens * attention_flops_per_token(block, workload.seq_len) / layouts.tp
+    moved = SCAN_PASSES * 2.0 * channels * tokens / layouts.tp
+    forward = profile.stream_s(moved) + flop / profile.attention(128, 128).flop_per_s
+    out.add("state scan", forward, 2.0 * forward)
+
+
+def _add_experts(out: PassTimes, block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> None:
+    inner, gemm = block.latent or model.hidden, workload.precision.gemm
+    rows, local = routed_rows(block, workload, layouts), block.experts / layouts.ep
+    per_expert, width = rows / local, block.width / layouts.etp
+    fc1 = width * (2 if block.gated else 1)
+    forward = backward = 0.0
+    for n, k in ((fc1, inner), (inner, width)):
+        forward = forward + profile.grouped_gemm(gemm, "forward").seconds(local, per_expert, n, k)
+        backward = backward + profile.grouped_gemm(gemm, "dgrad").seconds(local, per_expert, n, k)
+        backward = backward + profile.grouped_gemm(gemm, "wgrad").seconds(local, per_expert, n, k)
+    quantize = profile.quantize_s(gemm, rows * (inner + width))
+    out.add("expert GEMM", forward + quantize, backward + 2.0 * quantize)
+    fused = layouts.dispatches_with("deepep", "hybridep")
+    passes = np.where(fused, PERMUTE_PASSES["fused"], PERMUTE_PASSES["separate"])
+    traffic = profile.stream_s(2.0 * passes * rows * inner)
+    out.add("permute", traffic, BACKWARD_TRAFFIC * traffic)
+    activation = profile.stream_s(_activation_bytes(block) * rows * width)
+    out.add("expert activation", activation, BACKWARD_TRAFFIC * activation)
+    # Router probabilities, top-k and the map from tokens to experts: a dozen passes over fp32 scores.
+    scores = profile.stream_s(48.0 * (block.experts + block.zero_experts) * rank_tokens(workload, layouts) / shard(layouts))
+    out.add("router", scores, 0.5 * scores)

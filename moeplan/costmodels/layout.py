@@ -1,0 +1,252 @@
+"""Layout: how one model is cut over the ranks of a job, and how its steps are run.
+
+Dense and expert parts fold over the same ranks independently within a pipeline stage:
+    world = tp * cp * dp * pp = etp * ep * edp * pp
+Rank order is Megatron's default: tp fastest, then cp, then dp, pp slowest; for experts etp, ep, edp, pp
+(arXiv:2504.14960, section 3). `Layout` is one candidate with names; `Layouts` holds many as columns of numpy arrays, names
+turned into codes. Cost functions read columns, so they price one layout and a million with the same code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.errors import LayoutError
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+RECOMPUTE_MODULES = (
+    "core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts", "full",
+)  # fmt: skip
+"""Megatron's names of what can be recomputed; "full" is the whole layer. Bit i of a recompute mask is entry i."""
+GRAPH_SCOPES = ("attn", "mlp", "moe", "moe_router", "moe_preprocess", "mamba", "full_iteration")
+"""Megatron's names of what a CUDA graph can cover. Bit i of a graph mask is entry i."""
+DISPATCHERS = ("none", "allgather", "alltoall", "deepep", "hybridep")
+"""How tokens reach their experts; "none" for dense models. The code of a dispatcher is its place here."""
+SHARDINGS = ("ddp", "optimizer", "fsdp")
+"""What data parallelism shards: nothing, optimizer states (ZeRO-1), or weights, gradients and states (ZeRO-3)."""
+
+DEGREES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp", "edp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """One way to run a model on `world` ranks."""
+
+    tp: int = 1
+    """Tensor-parallel size of the dense parts."""
+    cp: int = 1
+    """Context-parallel size: ranks that share a sequence."""
+    pp: int = 1
+    """Pipeline-parallel size: stages."""
+    vpp: int = 1
+    """Virtual stages (model chunks) per pipeline rank; 1: plain 1F1B."""
+    dp: int = 1
+    """Data-parallel size of the dense parts; tp * cp * dp ranks form a stage."""
+    ep: int = 1
+    """Expert-parallel size."""
+    etp: int = 1
+    """Tensor-parallel size of the experts."""
+    edp: int = 1
+    """Data-parallel size of the experts; etp * ep * edp = tp * cp * dp."""
+    micro_batch: int = 1
+    """Sequences in a micro-batch of one data-parallel rank."""
+    sequence_parallel: bool = False
+    """Norms and residuals sharded over the tensor-parallel ranks."""
+    sharding: Literal["ddp", "optimizer", "fsdp"] = "optimizer"
+    """What data parallelism shards, see `SHARDINGS`."""
+    recompute: tuple[str, ...] = ()
+    """Modules whose activations are recomputed in the backward pass, see `RECOMPUTE_MODULES`."""
+    dispatcher: Literal["none", "allgather", "alltoall", "deepep", "hybridep"] = "none"
+    """How tokens reach their experts."""
+    ep_overlap: bool = False
+    """Expert all-to-all of one micro-batch hidden behind the compute of another (1F1B overlap)."""
+    tp_overlap: bool = False
+    """Tensor-parallel gathers and scatters pipelined with their GEMMs."""
+    dp_overlap: bool = True
+    """Gradient reduction and parameter gather overlapped with backward and forward."""
+    cuda_graphs: tuple[str, ...] = ()
+    """What CUDA graphs cover, see `GRAPH_SCOPES`."""
+    optimizer_offload: float = 0.0
+    """Share of the optimizer states kept in host memory."""
+    stages: str = ""
+    """Explicit split in Megatron's layout letters ("Et*3|(tt|)*29m|L"); empty: the balanced split of `stages.py`."""
+
+    def __post_init__(self) -> None:
+        for name in (*DEGREES, "micro_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise LayoutError(f"{name}={value!r} must be a whole number of at least 1")
+        dense, expert = self.tp * self.cp * self.dp, self.etp * self.ep * self.edp
+        if dense != expert:
+            raise LayoutError(
+                f"dense and expert grids differ: tp*cp*dp = {self.tp}*{self.cp}*{self.dp} = {dense} ranks a stage, "
+                f"etp*ep*edp = {self.etp}*{self.ep}*{self.edp} = {expert}",
+                hint=f"edp = {dense}/(etp*ep) must be a whole number",
+            )
+        _known("recompute module", self.recompute, RECOMPUTE_MODULES)
+        _known("CUDA graph scope", self.cuda_graphs, GRAPH_SCOPES)
+        _known("dispatcher", (self.dispatcher,), DISPATCHERS)
+        _known("sharding", (self.sharding,), SHARDINGS)
+        if not 0.0 <= self.optimizer_offload <= 1.0:
+            raise LayoutError(f"optimizer_offload={self.optimizer_offload} must lie between 0 and 1")
+        for name, known in (("recompute", RECOMPUTE_MODULES), ("cuda_graphs", GRAPH_SCOPES)):
+            names = getattr(self, name)
+            object.__setattr__(self, name, names_of(mask_of(names, known), known))
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    def degrees(self) -> str:
+        """The degrees that differ from 1, for a line of text: "TP2 PP8 VPP4 EP32 DP16"."""
+        parts = [f"{n.upper()}{getattr(self, n)}" for n in DEGREES if getattr(self, n) > 1 and n not in ("edp",)]
+        return " ".join(parts) or "1 GPU"
+
+
+def _known(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise LayoutError(f"unknown {kind} '{name}'", hint=f"one of {', '.join(known)}")
+
+
+def _places(column: Ints, size: int) -> tuple[Ints, Ints]:
+    """The values that occur in `column`, all below `size`, and a table from value to its place among them."""
+    seen = np.zeros(size, np.bool_)
+    seen[column] = True
+    values = np.flatnonzero(seen)
+    lookup = np.empty(size, np.int64)
+    lookup[values] = np.arange(len(values))
+    return values, lookup
+
+
+def mask_of(names: Iterable[str], known: Sequence[str]) -> int:
+    """Bit mask of `names`: bit i stands for `known[i]`."""
+    return sum(1 << known.index(n) for n in set(names))
+
+
+def names_of(mask: int, known: Sequence[str]) -> tuple[str, ...]:
+    """The names whose bits are set in `mask`, in the order of `known`."""
+    return tuple(n for i, n in enumerate(known) if mask >> i & 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layouts:
+    """Many layouts as columns; every field is an array of shape [n] (integers, masks and codes as int64)."""
+
+    tp: Ints
+    cp: Ints
+    pp: Ints
+    vpp: Ints
+    dp: Ints
+    ep: Ints
+    etp: Ints
+    edp: Ints
+    micro_batch: Ints
+    sequence_parallel: Bools
+    sharding: Ints
+    """Places in `SHARDINGS`."""
+    recompute: Ints
+    """Masks over `RECOMPUTE_MODULES`."""
+    dispatcher: Ints
+    """Places in `DISPATCHERS`."""
+    ep_overlap: Bools
+    tp_overlap: Bools
+    dp_overlap: Bools
+    cuda_graphs: Ints
+    """Masks over `GRAPH_SCOPES`."""
+    optimizer_offload: npt.NDArray[np.float64]
+    stages: tuple[str, ...] = ("",)
+    """Explicit splits, see `Layout.stages`; `split` says which one a row uses."""
+    split: Ints = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
+    """Places in `stages`."""
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+    def recomputes(self, module: str) -> Bools:
+        """Whether each layout recomputes `module`, [n]."""
+        return (self.recompute >> RECOMPUTE_MODULES.index(module) & 1).astype(bool)
+
+    def graphs(self, scope: str) -> Bools:
+        """Whether a CUDA graph covers `scope`, [n]."""
+        return (self.cuda_graphs >> GRAPH_SCOPES.index(scope) & 1).astype(bool)
+
+    def dispatches_with(self, *names: str) -> Bools:
+        """Whether each layout uses one of the named dispatchers, [n]."""
+        return np.isin(self.dispatcher, [DISPATCHERS.index(n) for n in names])
+
+    def shards_as(self, name: str) -> Bools:
+        """Whether each layout shards as named, [n]."""
+        return np.equal(self.sharding, SHARDINGS.index(name))
+
+    def take(self, rows: Any) -> Layouts:
+        """The layouts at the given places (indices, mask or slice)."""
+        columns = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self) if f.name != "stages"}
+        return Layouts(**columns, stages=self.stages)
+
+    def with_columns(self, **columns: Any) -> Layouts:
+        """The same layouts with some columns replaced."""
+        return dataclasses.replace(self, **columns)
+
+    def distinct(self, *names: str) -> tuple[Layouts, Ints]:
+        """The layouts that differ in the named columns, and for every row its place among them.
+
+        Columns hold small non-negative integers, so a combination is a number in a mixed radix; tables of what occurs replace
+        a sort. Costs that depend on few columns are computed on the few distinct layouts and gathered.
+        """
+        code, size = np.zeros(len(self), np.int64), 1
+        for name in names:
+            column = getattr(self, name).astype(np.int64, copy=False)
+            most = int(column.max(initial=0))
+            if most == int(column.min(initial=most)):
+                continue
+            places = _places(column, most + 1)
+            size *= len(places[0])
+            code = code * len(places[0]) + places[1][column]
+        if size <= 8 * len(self) + 4096:
+            occurring, lookup = _places(code, size)
+            of_row = lookup[code]
+            first = np.empty(len(occurring), np.int64)
+            first[of_row[::-1]] = np.arange(len(self) - 1, -1, -1)
+        else:
+            _, first, of_row = np.unique(code, return_index=True, return_inverse=True)
+        return self.take(first), of_row
+
+    def row(self, i: int) -> Layout:
+        """The layout at place `i`, with names again."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(Layout):
+            if field.name != "stages":
+                values[field.name] = getattr(self, field.name)[i].item()
+        values["sharding"] = SHARDINGS[values["sharding"]]
+        values["dispatcher"] = DISPATCHERS[values["dispatcher"]]
+        values["recompute"] = names_of(values["recompute"], RECOMPUTE_MODULES)
+        values["cuda_graphs"] = names_of(values["cuda_graphs"], GRAPH_SCOPES)
+        return Layout(**values, stages=self.stages[int(self.split[i])])
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout]) -> Layouts:
+        """Columns of the given layouts, in their order."""
+        stages = tuple(dict.fromkeys(x.stages for x in layouts))
+        columns: dict[str, Any] = {f.name: [getattr(x, f.name) for x in layouts] for f in dataclasses.fields(Layout)}
+        del columns["stages"]
+        columns["sharding"] = [SHARDINGS.index(x) for x in columns["sharding"]]
+        columns["dispatcher"] = [DISPATCHERS.index(x) for x in columns["dispatcher"]]
+        columns["recompute"] = [mask_of(x, RECOMPUTE_MODULES) for x in columns["recompute"]]
+        columns["cuda_graphs"] = [mask_of(x, GRAPH_SCOPES) for x in columns["cuda_graphs"]]
+        columns["split"] = [stages.index(x.stages) for x in layouts]
+        kinds = {"sequence_parallel": bool, "ep_overlap": bool, "tp_overlap": bool, "dp_overlap": bool}
+        arrays = {
+            name: np.asarray(values, np.float64 if name == "optimizer_offload" else kinds.get(name, np.int64))
+            for name, values in columns.items()
+        }
+        return cls(**arrays, stages=stages)

@@ -1,0 +1,228 @@
+"""Which layers stand on which pipeline stage.
+
+A split is text in Megatron's letters: E embedding, t decoder layer, m multi-token-prediction layer, L output head and loss;
+"|" ends a chunk, "x*n" and "(...)*n" repeat. Chunk c runs on pipeline rank c mod pp as virtual stage c div pp. The empty text
+is the framework's even split. `balanced_split` is the contiguous split whose heaviest chunk has the least FLOP, filled from
+the end, so that the first stage, which holds the most micro-batches in flight, is the lightest of equals.
+`stage_table` reduces the ranks of many splits to the few that can bind.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.costmodels.counts import attention_flops_per_token, layer_weights, mtp_weights
+from moeplan.costmodels.layout import Ints, Layouts
+from moeplan.costmodels.model import Layer, Model
+from moeplan.errors import LayoutError
+
+Floats = npt.NDArray[np.float64]
+
+
+def parse_split(text: str) -> tuple[str, ...]:
+    """Chunks of a split, each a run of letters: "Et*2|tL" -> ("Ett", "tL"). As in Megatron only commas are ignored."""
+    example = "write it like 'Et*3|(tt|)*29m|L'"
+    clean = text.replace(",", "")
+    if not clean or re.search(r"[^EtmL|*()0-9]", clean):
+        raise LayoutError(f"'{text}' is not a pipeline split", hint=example)
+    expanded = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: _repeat(m[1]) * int(m[2]), clean)
+    expanded = _repeat(expanded)
+    if re.search(r"[*()0-9]", expanded):
+        raise LayoutError(f"'{text}' is not a pipeline split: a repeat or a bracket stands alone", hint=example)
+    return tuple(expanded.split("|"))
+
+
+def _repeat(text: str) -> str:
+    return re.sub(r"([EtmL|])\*(\d+)", lambda m: m[1] * int(m[2]), text)
+
+
+def format_split(chunks: Sequence[str]) -> str:
+    """Text of chunks, runs written with "*": the inverse of `parse_split`."""
+    shorten = ("".join(f"{k}*{n}" if n > 2 else k * n for k, n in ((k, len(list(g))) for k, g in groupby(c))) for c in chunks)
+    runs = [(chunk, len(list(group))) for chunk, group in groupby(shorten)]
+    out = ""
+    for i, (chunk, count) in enumerate(runs):
+        last = i == len(runs) - 1
+        if count > 2 and not (last and count == 3):
+            out += f"({chunk}|)*{count - 1 if last else count}" + (chunk if last else "")
+        else:
+            out += "|".join([chunk] * count) + ("" if last else "|")
+    return out
+
+
+def check_split(text: str, layers: int, mtp: int, pp: int, vpp: int) -> str | None:
+    """What is wrong with a split for a model of `layers` decoder and `mtp` prediction layers; None if nothing.
+
+    The conditions are Megatron's: exactly one E first and one L last, every layer once, prediction layers together after all
+    decoder layers and on the last virtual stage of their rank.
+    """
+    chunks = parse_split(text)
+    letters = "".join(chunks)
+    if len(chunks) != pp * vpp:
+        return f"{len(chunks)} chunks, pp*vpp = {pp}*{vpp} = {pp * vpp} are needed"
+    if letters.count("E") != 1 or not letters.startswith("E"):
+        return "it must start with the one E"
+    if letters.count("L") != 1 or not letters.endswith("L"):
+        return "it must end with the one L"
+    if letters.count("t") != layers:
+        return f"it places {letters.count('t')} decoder layers, the model has {layers}"
+    if letters.count("m") != mtp:
+        return f"it places {letters.count('m')} prediction layers, {mtp} are trained"
+    if mtp:
+        holders = [c for c, chunk in enumerate(chunks) if "m" in chunk]
+        if len(holders) > 1 or "t" in letters[letters.index("m") :]:
+            return "prediction layers must stand together after all decoder layers"
+        if holders[0] // pp != vpp - 1:
+            return "prediction layers must be on the last virtual stage of their rank"
+    return None
+
+
+def layer_flops(layer: Layer, model: Model, seq_len: int) -> float:
+    """Forward FLOP of one layer per token."""
+    gemm = sum(w.out * w.inp * (w.used if w.shard.is_expert else 1) for w in layer_weights(layer, model) if w.gemm)
+    return 2 * gemm + sum(attention_flops_per_token(b, seq_len) for b in layer.blocks)
+
+
+def balanced_split(model: Model, seq_len: int, chunks: int) -> str:
+    """The contiguous split of `model` into `chunks` that minimises the heaviest chunk's forward FLOP.
+
+    Chunks hold at least one decoder layer each, but the last may hold only prediction layers and head, and the first only the
+    embedding where there are two chunks more than layers. Refuses more chunks than decoder layers + 2.
+    """
+    return _balanced(model, seq_len, chunks)
+
+
+@functools.lru_cache(maxsize=4096)
+def _balanced(model: Model, seq_len: int, chunks: int) -> str:
+    count = len(model.layers)
+    if chunks > count + 2:
+        raise LayoutError(f"{chunks} pipeline chunks exceed the {count} layers of '{model.name}'")
+    by_kind = [layer_flops(kind, model, seq_len) for kind in model.kinds]
+    load = [by_kind[k] for k in model.kind_of_layer]
+    head = 2.0 * model.vocab * model.hidden
+    prediction = sum(layer_flops(x, model, seq_len) + head for x in model.mtp)
+    prediction += sum(2 * w.size for w in mtp_weights(model) if w.gemm) * len(model.mtp)
+    prefix = [0.0, *accumulate(load)]
+    low, high = max(max(load), (prefix[-1] + head + prediction) / chunks), prefix[-1] + head + prediction
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _fill(prefix, head + prediction, chunks, middle) else (middle, high)
+    sizes = _fill(prefix, head + prediction, chunks, high)
+    assert sizes is not None  # one bound holds everything
+    text = ["t" * size for size in sizes]
+    text[0] = "E" + text[0]
+    text[-1] += "m" * len(model.mtp) + "L"
+    return format_split(text)
+
+
+def _fill(prefix: list[float], tail: float, chunks: int, bound: float) -> list[int] | None:
+    """Layers of each chunk, filled from the end up to `bound`; None if they do not fit. `tail` sits on the last chunk."""
+    sizes: list[int] = []
+    end = len(prefix) - 1
+    bare_first = chunks == end + 2
+    for left in range(chunks - 1, -1, -1):
+        room = bound * (1 + 1e-12) - (tail if not sizes else 0.0)
+        start = end
+        while start > max(left - bare_first, 0) and prefix[end] - prefix[start - 1] <= room:
+            start -= 1
+        if start == end and (room < 0 or (sizes and not (bare_first and left == 0))):
+            return None
+        sizes.append(end - start)
+        end = start
+    return sizes[::-1] if end == 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class StageTable:
+    """The pipeline ranks that can bind, for U different splits; K is the largest number of them in one split.
+
+    Ranks that another rank dominates (it holds at least as much of everything and is not later) are left out. Rows are
+    padded with a copy of the first rank.
+    """
+
+    of_row: Ints
+    """For every layout its place among the U splits, [n]."""
+    kinds: Floats
+    """Decoder layers of each kind, [kinds, K, U]."""
+    embedding: Floats
+    """1 where the rank holds the embedding, [K, U]."""
+    head: Floats
+    """1 where the rank holds the output head, [K, U]."""
+    mtp: Floats
+    """Prediction layers on the rank, [K, U]."""
+    rank: Ints
+    """Pipeline rank, [K, U]."""
+
+
+def chunk_letters(model: Model, pp: int, vpp: int, split: str) -> tuple[str, ...]:
+    """Chunks of a split; the empty text is the even split, its remainder going to the first ranks."""
+    if split:
+        return parse_split(split)
+    chunks, count = pp * vpp, len(model.layers)
+    sizes = [count // chunks + (1 if c < count % chunks else 0) for c in range(chunks)]
+    text = ["t" * size for size in sizes]
+    text[0] = "E" + text[0]
+    text[-1] += "m" * len(model.mtp) + "L"
+    return tuple(text)
+
+
+def rank_contents(model: Model, pp: int, vpp: int, split: str) -> npt.NDArray[np.float64]:
+    """What every pipeline rank holds, [pp, kinds + 3]: layers of each kind, then E, L and m."""
+    out = np.zeros((pp, len(model.kinds) + 3))
+    layer = 0
+    for c, chunk in enumerate(chunk_letters(model, pp, vpp, split)):
+        row = out[c % pp]
+        for letter in chunk:
+            if letter == "t":
+                if layer < len(model.layers):
+                    row[model.kind_of_layer[layer]] += 1
+                layer += 1
+            else:
+                row[len(model.kinds) + "ELm".index(letter)] += 1
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _binding_ranks(model: Model, pp: int, vpp: int, split: str) -> npt.NDArray[np.float64]:
+    """Rows of `rank_contents` that no earlier or equal rank dominates, with the rank as last column, [k, kinds + 4]."""
+    rows: list[npt.NDArray[np.float64]] = []
+    for rank, content in enumerate(rank_contents(model, pp, vpp, split)):
+        if not any((kept[:-1] >= content).all() for kept in rows):
+            rows.append(np.append(content, float(rank)))
+    return np.stack(rows)
+
+
+def stage_table(model: Model, layouts: Layouts, *, every_rank: bool = False) -> StageTable:
+    """The binding ranks of every distinct split among `layouts`; with `every_rank` all ranks, of one split only."""
+    splits, of_row = layouts.distinct("pp", "vpp", "split")
+    if every_rank:
+        pp = int(splits.pp[0])
+        content = rank_contents(model, pp, int(splits.vpp[0]), layouts.stages[int(splits.split[0])])
+        ranks = [np.column_stack([content, np.arange(pp, dtype=np.float64)])]
+    else:
+        ranks = [
+            _binding_ranks(model, int(p), int(v), layouts.stages[int(s)])
+            for p, v, s in zip(splits.pp, splits.vpp, splits.split, strict=True)
+        ]
+    most = max((len(r) for r in ranks), default=1)
+    padded = np.zeros((len(ranks), most, len(model.kinds) + 4))
+    for u, rows in enumerate(ranks):
+        padded[u, : len(rows)] = rows
+        padded[u, len(rows) :] = rows[0]
+    columns = np.moveaxis(padded, (0, 1, 2), (2, 1, 0))  # [kinds + 4, K, U]
+    n = len(model.kinds)
+    return StageTable(
+        of_row=of_row,
+        kinds=np.ascontiguousarray(columns[:n]),
+        embedding=np.ascontiguousarray(columns[n]),
+        head=np.ascontiguousarray(columns[n + 1]),
+        mtp=np.ascontiguousarray(columns[n + 2]),
+        rank=columns[n + 3].astype(np.int64),
+    )

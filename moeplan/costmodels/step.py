@@ -1,0 +1,129 @@
+"""Time of one training step: what one micro-batch costs, and what a step costs once.
+
+Let t_r be the seconds that one micro-batch takes on pipeline rank r, forward and backward. With m micro-batches on p ranks of
+v chunks each, 1F1B takes m max(t) + (sum(t) - max(t)) / v (arXiv:2104.04473, section 2, for equal stages (m + (p - 1) / v) t):
+the slowest rank works without pause while the others fill and drain. Sends between stages, gradient reduction and parameter
+gather add what their overlap leaves exposed; the optimizer and a fixed overhead close the step. `price.py` puts these
+together. Units: seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moeplan.costmodels.activations import rank_tokens, shard
+from moeplan.costmodels.collectives import Group, all_gather_s, group, reduce_scatter_s, send_s
+from moeplan.costmodels.constants import OVERLAP, STEP
+from moeplan.costmodels.counts import mtp_weights
+from moeplan.costmodels.kernels import BACKWARD_TRAFFIC, dense_gemm_s
+from moeplan.costmodels.layer import LayerTime, layer_time
+from moeplan.costmodels.layout import Layouts
+from moeplan.costmodels.megatron_counts import padded_vocab
+from moeplan.costmodels.memory import StageParameters
+from moeplan.costmodels.model import Model
+from moeplan.costmodels.workload import Workload
+from moeplan.profiles.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTime:
+    """Seconds of one micro-batch in one thing that stages hold a number of: a layer kind, the head, a prediction layer."""
+
+    name: str
+    parts: dict[str, Any]
+    """Forward plus backward by part, [n]."""
+    count: float
+    """How many the whole pipeline holds."""
+
+
+def unit_times(model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> list[UnitTime]:
+    """Layers by kind, then the head, then prediction layers (if the model has any)."""
+    times = {kind: layer_time(kind, model, profile, workload, layouts) for kind in dict.fromkeys((*model.kinds, *model.mtp))}
+    units = [UnitTime("layers", times[kind].parts, float(model.kind_of_layer.count(k))) for k, kind in enumerate(model.kinds)]
+    head = _head(model, profile, workload, layouts)
+    units.append(UnitTime("head", head, 1.0))
+    if model.mtp:
+        depths = [times[x] for x in model.mtp]
+        units.append(
+            UnitTime("prediction", _prediction(model, profile, workload, layouts, depths, head), float(len(model.mtp)))
+        )
+    return units
+
+
+def _head(model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> dict[str, Any]:
+    """Output projection and loss of one micro-batch; Megatron computes the head in bf16 under every recipe."""
+    tokens, vocab = rank_tokens(workload, layouts), padded_vocab(model, layouts.tp) / layouts.tp
+    curve = profile.gemm("bf16")
+    hidden = float(model.hidden)
+    product = curve.seconds(tokens, vocab, hidden) + curve.seconds(tokens, hidden, vocab) + curve.seconds(vocab, hidden, tokens)
+    return {"output GEMM": product, "loss": profile.stream_s(STEP.logit_bytes * tokens * vocab)}
+
+
+def _prediction(
+    model: Model, profile: Profile, workload: Workload, layouts: Layouts, depths: list[LayerTime], head: dict[str, Any]
+) -> dict[str, Any]:
+    """A prediction layer: its layer, its projection of 2 x hidden, and its own pass through the head."""
+    tokens = rank_tokens(workload, layouts)
+    projection = next(w for w in mtp_weights(model) if w.gemm)
+    forward, backward = dense_gemm_s(projection, tokens, profile, workload.precision.gemm, layouts)
+    norms = profile.stream_s(12.0 * model.hidden * tokens / shard(layouts)) * (1 + BACKWARD_TRAFFIC)
+    layer = sum(t.forward + t.backward for t in depths) / len(depths)
+    return {"layer": layer, "projection": forward + backward + norms, "head": sum(head.values())}
+
+
+def sends_s(model: Model, profile: Profile, workload: Workload, layouts: Layouts, batches: Any) -> Any:
+    """Exposed sends of activations and their gradients between stages, [n]."""
+    message = 2.0 * rank_tokens(workload, layouts) * model.hidden / shard(layouts)
+    one = send_s(profile, message, layouts.tp * layouts.cp * layouts.dp)
+    steady = OVERLAP.send_exposed * batches * layouts.vpp
+    return np.where(layouts.pp > 1, 2.0 * one * (steady + layouts.pp - 1), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class DataParallelTime:
+    """Seconds of data-parallel work of a rank, without overlap, [n]."""
+
+    scatter: Any
+    """Reduce all gradients."""
+    gather: Any
+    """Gather all weights."""
+    optimizer: Any
+    """Update the rank's shard."""
+
+
+def data_parallel_times(profile: Profile, workload: Workload, layouts: Layouts, held: StageParameters) -> DataParallelTime:
+    """Gradient reduction, parameter gather and optimizer step of a rank that holds `held` parameters, [n]."""
+    dense_group = group(profile, layouts.dp * layouts.cp, layouts.tp)
+    expert_group = group(profile, layouts.edp, layouts.ep * layouts.etp)
+
+    def both(collective: Callable[[Profile, Any, Group], Any], element_bytes: float) -> Any:
+        dense = np.where(dense_group.ranks > 1, collective(profile, element_bytes * held.dense, dense_group), 0.0)
+        return dense + np.where(expert_group.ranks > 1, collective(profile, element_bytes * held.expert, expert_group), 0.0)
+
+    weight = min(2.0, workload.precision.weight_bytes(profile.cluster.device))
+    ddp, offload = layouts.shards_as("ddp"), layouts.optimizer_offload
+    updated = held.dense / np.where(ddp, 1, layouts.dp * layouts.cp) + held.expert / np.where(ddp, 1, layouts.edp)
+    on_device = profile.stream_s(STEP.optimizer_bytes * updated * (1.0 - offload))
+    # An offloaded share moves its gradients down and its weights up.
+    over_link = (workload.gradient_bytes + 2.0) * updated * offload / profile.cluster.pcie.bytes_per_s
+    return DataParallelTime(
+        scatter=both(reduce_scatter_s, float(workload.gradient_bytes)),
+        gather=both(all_gather_s, weight),
+        optimizer=on_device + over_link,
+    )
+
+
+def data_parallel_exposed_s(layouts: Layouts, scatter: Any, gather: Any, micro_batch_s: Any, batches: Any) -> Any:
+    """What stays visible of gradient reduction and parameter gather, given one micro-batch's compute, [n]."""
+    backward, forward = micro_batch_s * 2.0 / 3.0, micro_batch_s / 3.0
+    hide = OVERLAP.data_hidden_compute * layouts.dp_overlap
+    once = np.maximum(scatter - hide * backward, 0.0) + np.maximum(gather - hide * forward, 0.0)
+    once = once + OVERLAP.data_exposed * (scatter + gather)
+    # FSDP gathers weights for forward and backward, and scatters gradients, in every micro-batch.
+    each = 2.0 * gather + scatter
+    sharded = np.maximum(each - OVERLAP.fsdp_hidden_compute * micro_batch_s, 0.0) + OVERLAP.data_exposed * each
+    return np.where(layouts.shards_as("fsdp"), batches * sharded, once)

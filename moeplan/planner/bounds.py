@@ -1,0 +1,45 @@
+"""A lower bound on the step time of all layouts with given degrees.
+
+The slowest pipeline rank does at least the mean share of the work, whatever the split: m micro-batches x (all layers, head and
+prediction layers) / pp. Per sample that work depends on tp, cp, ep, etp, the micro-batch and the features; its least value over
+micro-batches, with the least exposed exchange over all dispatchers and no recompute, bounds every layout of the group. The part
+of gradient reduction that no overlap hides, the optimizer and the fixed overhead come on top. Tests hold it below every price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moeplan.costmodels.constants import OVERLAP, STEP
+from moeplan.costmodels.layout import Layouts
+from moeplan.costmodels.memory import mean_parameters
+from moeplan.costmodels.step import data_parallel_times, unit_times
+from moeplan.planner import space
+from moeplan.planner.problem import Problem
+
+
+def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequence[int]) -> Any:
+    """Seconds that no layout with the degrees of a group can beat, [n]; `micro_batches` are those to choose from."""
+    if not len(groups):
+        return np.zeros(0)
+    model, profile, workload = problem.model, problem.profile, problem.workload
+    keys, of_row = groups.distinct("tp", "cp", "ep", "etp", "sequence_parallel", "cuda_graphs")
+    rows = space.cross(space.cross(keys, {"micro_batch": micro_batches}), _least_exposed(problem))
+    whole = sum(u.count * sum(u.parts.values()) for u in unit_times(model, profile, workload, rows))
+    per_sample: Any = np.asarray(whole / rows.micro_batch).reshape(len(keys), -1).min(axis=1)
+    work = workload.global_batch / groups.dp * per_sample[of_row] / groups.pp
+    once = data_parallel_times(profile, workload, groups, mean_parameters(model, groups))
+    reduced = np.where(groups.shards_as("fsdp"), 0.0, OVERLAP.data_exposed * (once.scatter + once.gather))
+    bound: Any = work + reduced + once.optimizer + STEP.overhead_s
+    return bound
+
+
+def _least_exposed(problem: Problem) -> dict[str, Sequence[Any]]:
+    """Feature options with every overlap that the space offers switched on: no option of the space exposes less."""
+    options = space.feature_options(problem)
+    dispatchers = list(dict.fromkeys(options["dispatcher"]))
+    overlaps = {name: [max(values)] * len(dispatchers) for name, values in options.items() if name != "dispatcher"}
+    return {"dispatcher": dispatchers, **overlaps}

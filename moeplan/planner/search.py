@@ -1,0 +1,240 @@
+"""Best-first search of a problem's space that proves its answer.
+
+Every layout of the full product is accounted for: refused by a named rule, excluded by a condition of the user, too large for
+the device, a copy of another, out of the race because a lower bound on its step time exceeds what was found, or priced. A group
+of layouts with the same degrees is opened in the order of its bound (`bounds.py`) and only while that bound beats the k-th best
+plan found so far, so the result is that of pricing everything. Within a group, layouts are priced without recompute first:
+recompute only adds time, so those that lose already need no closer look, and of two sets of modules that both fit, a proper
+subset is never slower, so only the minimal fitting sets are priced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layout, Layouts
+from moeplan.costmodels.memory import least_state_bytes
+from moeplan.costmodels.price import Pricing
+from moeplan.planner import space
+from moeplan.planner.bounds import least_step_seconds
+from moeplan.planner.constraints import RULES, Level
+from moeplan.planner.problem import Problem
+
+MEMORY, SLOWER, COPY, EXCLUDED = "memory", "slower", "same-split", "excluded"
+"""Reasons for passing over a layout that are not rules of the framework."""
+OPEN_AT_ONCE = 192
+"""Groups opened together: enough to keep numpy busy, few enough to stop soon after the best is found."""
+CLOSER_AT_ONCE = 2048
+"""Layouts looked at closely together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A feasible layout with its price."""
+
+    layout: Layout
+    step_s: float
+    peak_bytes: float
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """Layouts with the same identity are variants of one plan: same degrees and micro-batch."""
+        x = self.layout
+        return (x.tp, x.cp, x.pp, x.vpp, x.dp, x.ep, x.etp, x.micro_batch)
+
+
+@dataclass(slots=True)
+class Search:
+    """What a search found and what it passed over."""
+
+    best: list[Candidate] = field(default_factory=list)
+    """The best distinct plans, fastest first."""
+    considered: int = 0
+    """Layouts of the whole space; equals `sum(rejected.values()) + priced`."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Layouts passed over, by the first reason met."""
+    priced: int = 0
+    """Layouts priced exactly, time and memory."""
+    bound_s: float = 0.0
+    """No layout that was not priced can be faster than this; at least the k-th best step time when the search is complete."""
+    nearest_excess_bytes: float = np.inf
+    """By how much the smallest layout that memory forbids misses the device."""
+
+
+def search(problem: Problem, keep: int = 5, progress: Callable[[int, int], None] | None = None) -> Search:
+    """The `keep` best distinct feasible layouts of `problem`, with counts of everything else."""
+    return _Search(problem, keep, progress).run()
+
+
+class _Search:
+    """State of one search."""
+
+    def __init__(self, problem: Problem, keep: int, progress: Callable[[int, int], None] | None) -> None:
+        self.problem, self.keep, self.progress = problem, keep, progress
+        self.found = Search()
+        self.by_identity: dict[tuple[int, ...], Candidate] = {}
+        self.chunks = space.chunk_options(problem)
+        self.batches = space.batch_options(problem)
+        self.features = space.feature_options(problem)
+        self.sets = np.asarray(space.recompute_sets(problem), np.int64)
+
+    def run(self) -> Search:
+        found, problem = self.found, self.problem
+        per_batch = len(self.sets) * len(next(iter(self.features.values())))
+        per_chunk = per_batch * len(self.batches["micro_batch"])
+        per_group = per_chunk * len(self.chunks["vpp"])
+        # 1. degrees that the framework accepts and whose parameters alone fit
+        groups = space.degree_grid(problem)
+        found.considered = len(groups) * per_group
+        groups = self._accepted(groups, "degrees", per_group)
+        groups = self._by_parameters(groups, per_group)
+        # 2. open groups in the order of their bounds
+        bound = least_step_seconds(problem, groups, self.batches["micro_batch"])
+        order = np.argsort(bound, kind="stable")
+        groups, bound = groups.take(order), bound[order]
+        start = 0
+        while start < len(groups) and bound[start] < self._limit():
+            stop = min(start + OPEN_AT_ONCE, int(np.searchsorted(bound, self._limit())))
+            self._open(groups.take(slice(start, stop)), per_chunk, per_batch)
+            start = stop
+            if self.progress is not None:
+                self.progress(start, len(groups))
+        self._reject(SLOWER, (len(groups) - start) * per_group)
+        found.best = sorted(self.by_identity.values(), key=lambda c: c.step_s)[: self.keep]
+        found.bound_s = float(bound[start]) if start < len(groups) else np.inf
+        return found
+
+    def _limit(self) -> float:
+        """Step time that a layout must beat to enter the result."""
+        times = sorted(c.step_s for c in self.by_identity.values())
+        return times[self.keep - 1] if len(times) >= self.keep else np.inf
+
+    def _open(self, groups: Layouts, per_chunk: int, per_batch: int) -> None:
+        """Look at every layout of the given degrees."""
+        # 1. virtual stages and splits, then micro-batches
+        rows = space.cross(groups, self.chunks)
+        rows = self._drop(rows, rows.pp * rows.vpp <= len(self.problem.model.layers) + 2, "pipeline-chunks", per_chunk)
+        before = len(rows)
+        rows = space.with_balanced_splits(self.problem, rows)
+        self._reject(COPY, (before - len(rows)) * per_chunk)
+        rows = self._accepted(rows, "chunks", per_chunk)
+        rows = self._accepted(space.cross(rows, self.batches), "batch", per_batch)
+        # 2. features, priced without recompute: a bound on every set of recomputed modules
+        rows = self._accepted(space.cross(rows, self.features), "features", len(self.sets))
+        if not len(rows):
+            return
+        bound = Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows).step_seconds()
+        order = np.argsort(bound, kind="stable")
+        rows, bound = rows.take(order), bound[order]
+        # 3. a closer look in that order
+        start = 0
+        while start < len(rows) and bound[start] < self._limit():
+            stop = min(start + CLOSER_AT_ONCE, int(np.searchsorted(bound, self._limit())))
+            self._look(rows.take(slice(start, stop)))
+            start = stop
+        self._reject(SLOWER, (len(rows) - start) * len(self.sets))
+
+    def _look(self, rows: Layouts) -> None:
+        """Memory under every set of recomputed modules, then the price of the minimal sets that fit."""
+        spread = space.cross(rows, {"recompute": self.sets.tolist()})
+        source = np.repeat(np.arange(len(rows)), len(self.sets))
+        accepted = np.ones(len(spread), np.bool_)
+        self._settle(spread, "recompute", accepted)
+        spread, source = spread.take(accepted), source[accepted]
+        pricing = self._pricing(spread)
+        peak = pricing.peak_bytes()
+        excess = self.problem.excess_bytes(peak)
+        fits = excess <= 0
+        if (~fits).any():
+            self.found.nearest_excess_bytes = min(self.found.nearest_excess_bytes, float(excess[~fits].min()))
+            self._reject(MEMORY, int((~fits).sum()))
+        spread, source, peak = spread.take(fits), source[fits], peak[fits]
+        minimal = self._minimal(source, spread.recompute, len(rows))
+        self._reject(SLOWER, int((~minimal).sum()))
+        spread, peak = spread.take(minimal), peak[minimal]
+        self._record(spread, self._pricing(spread).step_seconds(), peak)
+
+    def _pricing(self, rows: Layouts) -> Pricing:
+        return Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows)
+
+    def _record(self, rows: Layouts, step_s: Any, peak: Any) -> None:
+        self.found.priced += len(rows)
+        limit = self._limit()
+        for i in np.argsort(step_s, kind="stable"):
+            if step_s[i] >= limit:
+                break
+            candidate = Candidate(rows.row(int(i)), float(step_s[i]), float(peak[i]))
+            known = self.by_identity.get(candidate.identity)
+            if known is None or candidate.step_s < known.step_s:
+                self.by_identity[candidate.identity] = candidate
+                limit = self._limit()
+
+    def _minimal(self, source: Any, masks: Any, rows: int) -> Any:
+        """Whether no other fitting set of the same row is a proper subset, [n]."""
+        places = np.searchsorted(np.sort(self.sets), masks)
+        present = np.zeros((rows, len(self.sets)), np.float32)
+        present[source, places] = 1.0
+        wide = _widened(np.sort(self.sets))
+        subset = (wide[:, None] & wide[None, :]) == wide[:, None]
+        proper = (subset & (wide[:, None] != wide[None, :])).astype(np.float32)  # [i, j]: i is a proper subset of j
+        smaller = present @ proper
+        minimal: Any = smaller[source, places] == 0
+        return minimal
+
+    def _accepted(self, rows: Layouts, level: Level, weight: int) -> Layouts:
+        """Rows that conditions and rules of the level let pass; each stands for `weight` layouts."""
+        kept = np.ones(len(rows), np.bool_)
+        self._settle(rows, level, kept, weight)
+        return rows if kept.all() else rows.take(kept)
+
+    def _settle(self, rows: Layouts, level: Level, kept: Any, weight: int = 1) -> None:
+        """Clear `kept` where a condition or rule of the level forbids a row, and count the first reason met."""
+        allowed = self.problem.allows(rows, _FIELDS[level])
+        self._reject(EXCLUDED, int((kept & ~allowed).sum()) * weight)
+        kept &= allowed
+        for rule in RULES:
+            if rule.level == level:
+                broken = kept & rule.broken(self.problem, rows)
+                self._reject(rule.name, int(broken.sum()) * weight)
+                kept &= ~broken
+
+    def _by_parameters(self, groups: Layouts, weight: int) -> Layouts:
+        problem = self.problem
+        least = least_state_bytes(problem.model, problem.profile.cluster.device, problem.workload, groups)
+        excess = problem.excess_bytes(least)
+        if len(groups) and (excess > 0).all():
+            self.found.nearest_excess_bytes = float(excess.min())
+        return self._drop(groups, excess <= 0, MEMORY, weight)
+
+    def _drop(self, rows: Layouts, kept: Any, reason: str, weight: int) -> Layouts:
+        self._reject(reason, int(len(rows) - kept.sum()) * weight)
+        return rows.take(kept)
+
+    def _reject(self, reason: str, count: int) -> None:
+        if count:
+            self.found.rejected[reason] += count
+
+
+def _widened(masks: Any) -> Any:
+    """Masks with what a module repeats inside it: whole layers repeat everything, moe its activation and shared experts."""
+    full, moe, act, shared = (1 << RECOMPUTE_MODULES.index(n) for n in ("full", "moe", "moe_act", "shared_experts"))
+    wide = np.where(masks & moe > 0, masks | act | shared, masks)
+    return np.where(masks & full > 0, (full << 1) - 1, wide)
+
+
+_FIELDS: Mapping[Level, tuple[str, ...]] = {
+    "degrees": (
+        "tp", "cp", "pp", "dp", "ep", "etp", "edp",
+        "sharding", "sequence_parallel", "dp_overlap", "cuda_graphs", "optimizer_offload",
+    ),
+    "chunks": ("vpp",),
+    "batch": ("micro_batch",),
+    "features": ("dispatcher", "ep_overlap", "tp_overlap"),
+    "recompute": ("recompute",),
+}  # fmt: skip
+"""Fields that are settled at each level."""

@@ -1,0 +1,147 @@
+"""The space of layouts of one problem, generated level by level as columns.
+
+    degrees    every tp * cp * pp that divides the GPUs, crossed with every etp * ep that divides a stage
+    chunks     every number of virtual stages, with the framework's even split and with the balanced one
+    batch      every micro-batch that divides the global batch
+    features   dispatcher, overlaps and what else the workload's era offers
+    recompute  every set of modules that the model has, and whole layers
+A search filters each level before it spreads out the next; the size of the space is that of the full product all the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moeplan.costmodels.activations import separate_norm
+from moeplan.costmodels.layout import DISPATCHERS, RECOMPUTE_MODULES, SHARDINGS, Layouts, mask_of
+from moeplan.costmodels.model import LatentAttention, Mlp
+from moeplan.costmodels.stages import balanced_split, format_split
+from moeplan.planner.problem import Problem
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of `n`, ascending."""
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def degree_grid(problem: Problem) -> Layouts:
+    """Every pair of a dense and an expert grid over the GPUs; other fields at the values that a search starts from."""
+    world = problem.profile.cluster.gpus
+    dense, expert = [], []
+    has_experts = problem.model.moe is not None
+    for pp in divisors(world):
+        stage = world // pp
+        pairs = [(a, b) for a in divisors(stage) for b in divisors(stage // a)]
+        # 1. (tp, cp) and (etp, ep) run over the same pairs; dense models have one trivial expert grid
+        for tp, cp in pairs:
+            for etp, ep in pairs if has_experts else [(1, 1)]:
+                dense.append((tp, cp, pp, stage // (tp * cp)))
+                expert.append((etp, ep, stage // (etp * ep)))
+    tp, cp, pp_, dp = np.array(dense, np.int64).T
+    etp, ep, edp = np.array(expert, np.int64).T
+    n = len(tp)
+    no, yes, zero = np.zeros(n, np.bool_), np.ones(n, np.bool_), np.zeros(n, np.int64)
+    return Layouts(
+        tp=tp, cp=cp, pp=pp_, vpp=zero + 1, dp=dp, ep=ep, etp=etp, edp=edp, micro_batch=zero + 1,
+        sequence_parallel=tp > 1, sharding=zero + SHARDINGS.index("optimizer"), recompute=zero,
+        dispatcher=zero + DISPATCHERS.index("alltoall" if has_experts else "none"),
+        ep_overlap=no, tp_overlap=no, dp_overlap=yes, cuda_graphs=zero, optimizer_offload=np.zeros(n), split=zero,
+    )  # fmt: skip
+
+
+def cross(layouts: Layouts, options: dict[str, Sequence[Any]]) -> Layouts:
+    """Every layout with every option: `options` are columns of equal length that replace the layouts' own, [n * options]."""
+    count = len(next(iter(options.values())))
+    rows = np.repeat(np.arange(len(layouts)), count)
+    spread = layouts.take(rows)
+    columns = {
+        name: np.tile(np.asarray(values, getattr(layouts, name).dtype), len(layouts)) for name, values in options.items()
+    }
+    return spread.with_columns(**columns)
+
+
+def chunk_options(problem: Problem) -> dict[str, Sequence[Any]]:
+    """Virtual stages up to one layer a chunk, each with the even (split 0) and the balanced split (1)."""
+    virtual = range(1, len(problem.model.layers) + 3)
+    vpp, split = zip(*itertools.product(virtual, (0, 1)), strict=True)
+    return {"vpp": vpp, "split": split}
+
+
+def with_balanced_splits(problem: Problem, layouts: Layouts) -> Layouts:
+    """Replace the mark of the balanced split by its text; where it cannot exist or equals the even one, the row is dropped."""
+    marked = layouts.split == 1
+    layers = len(problem.model.layers)
+    chunks = layouts.pp * layouts.vpp
+    texts: dict[int, str] = {}
+    for count in np.unique(chunks[marked & (chunks <= layers + 2)]):
+        texts[int(count)] = balanced_split(problem.model, problem.workload.seq_len, int(count))
+    places = {count: i + 1 for i, count in enumerate(texts)}
+    table = np.full(int(chunks.max(initial=0)) + 1, -1, np.int64)
+    table[list(places)] = list(places.values())
+    for count, text in texts.items():
+        if text == even_split(problem, count):
+            table[count] = -1
+    split = np.where(marked, table[chunks], 0)
+    kept = layouts.with_columns(split=split, stages=("", *texts.values()))
+    return kept.take(split >= 0)
+
+
+def even_split(problem: Problem, chunks: int) -> str:
+    """Text of the even split over `chunks`; empty where the layers do not divide."""
+    layers = len(problem.model.layers)
+    if layers % chunks:
+        return ""
+    text = ["t" * (layers // chunks)] * chunks
+    text[0] = "E" + text[0]
+    text[-1] += "m" * len(problem.model.mtp) + "L"
+    return format_split(text)
+
+
+def batch_options(problem: Problem) -> dict[str, Sequence[Any]]:
+    """Every divisor of the global batch as micro-batch."""
+    return {"micro_batch": divisors(problem.workload.global_batch)}
+
+
+def feature_options(problem: Problem) -> dict[str, Sequence[Any]]:
+    """Dispatchers of the era, with and without expert overlap; tensor overlap for dense models."""
+    era = problem.workload.era
+    if problem.model.moe is None:
+        return {"tp_overlap": [True, False], "dispatcher": [0, 0], "ep_overlap": [False, False]}
+    rows = list(
+        itertools.product([DISPATCHERS.index(d) for d in era.dispatchers], [False, True] if era.ep_overlap else [False])
+    )
+    return {"dispatcher": [r[0] for r in rows], "ep_overlap": [r[1] for r in rows], "tp_overlap": [False] * len(rows)}
+
+
+def recompute_sets(problem: Problem) -> list[int]:
+    """Masks of every set of modules that saves memory in this model, and of whole layers; the empty set first.
+
+    Core attention is left out: fused attention keeps no scores, so there is nothing to save.
+    """
+    model = problem.model
+    modules = ["layernorm"] if any(separate_norm(b) for b in model.blocks) else []
+    if any(isinstance(b, LatentAttention) for b in model.blocks):
+        modules.append("mla_up_proj")
+    if any(isinstance(b, Mlp) for b in model.blocks):
+        modules.append("mlp")
+    inside = []
+    if model.moe is not None:
+        inside.append("moe_act")
+        if model.moe.shared_width:
+            inside.append("shared_experts")
+    masks = []
+    for chosen in _subsets(modules):
+        for within in _subsets(inside):
+            masks.append(mask_of((*chosen, *within), RECOMPUTE_MODULES))
+        if inside:
+            masks.append(mask_of((*chosen, "moe"), RECOMPUTE_MODULES))
+    return [*masks, mask_of(["full"], RECOMPUTE_MODULES)]
+
+
+def _subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
+    return [c for size in range(len(names) + 1) for c in itertools.combinations(names, size)]
