@@ -56,9 +56,10 @@ def load_yaml(path: Path, what: str) -> Any:
     return parse_yaml(read_text(path, what), f"{what} '{path}'")
 
 
-def dump_yaml(data: Any) -> str:
-    """YAML text of plain data, keys in the order given."""
-    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True))
+def dump_yaml(data: Any, *, compact: bool = True) -> str:
+    """YAML text of plain data, keys in the order given; `compact` puts mappings and lists of plain values on one line."""
+    style = None if compact else False
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=style, width=110, allow_unicode=True))
 
 
 def save_text(path: Path, text: str, what: str) -> None:

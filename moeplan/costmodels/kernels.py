@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.activations import rank_tokens, routed_rows, shard
+from moeplan.costmodels.constants import COMPUTE
 from moeplan.costmodels.counts import Shard, Weight, attention_flops_per_token, block_weights
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.model import Attention, Block, LatentAttention, LinearAttention, Mamba, Mlp, Model, Moe
@@ -99,7 +100,9 @@ def dense_gemm_s(weight: Weight, tokens: Any, profile: Profile, gemm: str, layou
     out = weight.out / np.where(weight.shard is Shard.COLUMN, layouts.tp, 1)
     inp = weight.inp / np.where(weight.shard is Shard.ROW, layouts.tp, 1)
     rows = tokens / (shard(layouts) if weight.shard is Shard.REPLICATED else 1)
-    return curve.seconds(rows, out, inp), curve.seconds(rows, inp, out) + curve.seconds(out, inp, rows)
+    forward = curve.seconds(rows, out, inp)
+    backward = curve.seconds(rows, inp, out) + curve.seconds(out, inp, rows)
+    return forward / COMPUTE.sustained, backward / COMPUTE.sustained
 
 
 def _projected(block: Attention | LatentAttention) -> int:
@@ -119,7 +122,8 @@ def _add_attention(
     curve = profile.attention(qk, v)
     flop = tokens * attention_flops_per_token(block, workload.seq_len) / layouts.tp
     moved = 2.0 * tokens * (block.heads + np.maximum(kv_heads, layouts.tp)) * (qk + v) / layouts.tp
-    out.add("attention core", curve.seconds(flop, moved), curve.backward_seconds(flop, moved))
+    forward, backward = curve.seconds(flop, moved), curve.backward_seconds(flop, moved)
+    out.add("attention core", forward / COMPUTE.sustained, backward / COMPUTE.sustained)
 
 
 def _add_scan(
@@ -149,7 +153,7 @@ def _add_experts(out: PassTimes, block: Moe, model: Model, profile: Profile, wor
         backward = backward + profile.grouped_gemm(gemm, "dgrad").seconds(local, per_expert, n, k)
         backward = backward + profile.grouped_gemm(gemm, "wgrad").seconds(local, per_expert, n, k)
     quantize = profile.quantize_s(gemm, rows * (inner + width))
-    out.add("expert GEMM", forward + quantize, backward + 2.0 * quantize)
+    out.add("expert GEMM", forward / COMPUTE.sustained + quantize, backward / COMPUTE.sustained + 2.0 * quantize)
     fused = layouts.dispatches_with("deepep", "hybridep")
     passes = np.where(fused, PERMUTE_PASSES["fused"], PERMUTE_PASSES["separate"])
     traffic = profile.stream_s(2.0 * passes * rows * inner)

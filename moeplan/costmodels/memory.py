@@ -107,7 +107,7 @@ def state_bytes(model: Model, device: Device, workload: Workload, layouts: Layou
         "gathered weights": weight * gathered,
         "gradients": gradient * kept,
         "optimizer states": states * sharded,
-        "weight-gradient buffers": np.where(fsdp, 0.0, _dummy_gradients(model, layouts)) + 0.0 * kept,
+        "wgrad buffers": np.where(fsdp, 0.0, _dummy_gradients(model, layouts)) + 0.0 * kept,
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from moeplan.costmodels.activations import rank_tokens, shard
 from moeplan.costmodels.collectives import Group, all_gather_s, group, reduce_scatter_s, send_s
-from moeplan.costmodels.constants import OVERLAP, STEP
+from moeplan.costmodels.constants import COMPUTE, OVERLAP, STEP
 from moeplan.costmodels.counts import mtp_weights
 from moeplan.costmodels.kernels import BACKWARD_TRAFFIC, dense_gemm_s
 from moeplan.costmodels.layer import LayerTime, layer_time
@@ -60,7 +60,7 @@ def _head(model: Model, profile: Profile, workload: Workload, layouts: Layouts) 
     curve = profile.gemm("bf16")
     hidden = float(model.hidden)
     product = curve.seconds(tokens, vocab, hidden) + curve.seconds(tokens, hidden, vocab) + curve.seconds(vocab, hidden, tokens)
-    return {"output GEMM": product, "loss": profile.stream_s(STEP.logit_bytes * tokens * vocab)}
+    return {"output GEMM": product / COMPUTE.sustained, "loss": profile.stream_s(STEP.logit_bytes * tokens * vocab)}
 
 
 def _prediction(

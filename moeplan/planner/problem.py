@@ -101,6 +101,8 @@ class Problem:
     """Every layout must meet all of them."""
     forbidden: tuple[Condition, ...] = ()
     """No layout may meet any of them."""
+    extend_positions: bool = False
+    """Accept sequences longer than the positions that the model was published with (context extension)."""
     memory_limit_bytes: float = 0.0
     """Device memory that a plan may use; 0: all that the device has."""
 
@@ -116,7 +118,7 @@ class Problem:
                 f"{device.name} has no {precision.peak} matrix units for {precision.name}", hint="use --precision bf16"
             )
         longest = self.model.max_positions
-        if longest and self.workload.seq_len > longest:
+        if longest and self.workload.seq_len > longest and not self.extend_positions:
             raise ProblemError(
                 f"sequence length {self.workload.seq_len} exceeds the {longest} positions of {self.model.name}",
                 hint=f"use --seq-len {longest} or less",

@@ -66,16 +66,18 @@ class Search:
     """By how much the smallest layout that memory forbids misses the device."""
 
 
-def search(problem: Problem, keep: int = 5, progress: Callable[[int, int], None] | None = None) -> Search:
-    """The `keep` best distinct feasible layouts of `problem`, with counts of everything else."""
-    return _Search(problem, keep, progress).run()
+def search(
+    problem: Problem, keep: int = 5, progress: Callable[[int, int], None] | None = None, *, limit_s: float = np.inf
+) -> Search:
+    """The `keep` best distinct feasible layouts of `problem` that are faster than `limit_s`, with counts of everything else."""
+    return _Search(problem, keep, progress, limit_s).run()
 
 
 class _Search:
     """State of one search."""
 
-    def __init__(self, problem: Problem, keep: int, progress: Callable[[int, int], None] | None) -> None:
-        self.problem, self.keep, self.progress = problem, keep, progress
+    def __init__(self, problem: Problem, keep: int, progress: Callable[[int, int], None] | None, limit_s: float) -> None:
+        self.problem, self.keep, self.progress, self.limit_s = problem, keep, progress, limit_s
         self.found = Search()
         self.by_identity: dict[tuple[int, ...], Candidate] = {}
         self.chunks = space.chunk_options(problem)
@@ -112,7 +114,7 @@ class _Search:
     def _limit(self) -> float:
         """Step time that a layout must beat to enter the result."""
         times = sorted(c.step_s for c in self.by_identity.values())
-        return times[self.keep - 1] if len(times) >= self.keep else np.inf
+        return min(self.limit_s, times[self.keep - 1] if len(times) >= self.keep else np.inf)
 
     def _open(self, groups: Layouts, per_chunk: int, per_batch: int) -> None:
         """Look at every layout of the given degrees."""

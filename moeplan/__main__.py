@@ -1,0 +1,5 @@
+"""`python -m moeplan`."""
+
+from moeplan.cli import run
+
+run()

@@ -1,0 +1,159 @@
+"""`moeplan estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moeplan.cli.options import COUNT, json_option, make_problem, print_json, problem_options, progress_bar
+from moeplan.errors import FileError, LayoutError, UsageError
+
+_LAYOUT = [
+    click.option("--tp", type=COUNT, default=1, show_default=True, help="Tensor-parallel size."),
+    click.option("--cp", type=COUNT, default=1, show_default=True, help="Context-parallel size."),
+    click.option("--pp", type=COUNT, default=1, show_default=True, help="Pipeline stages."),
+    click.option("--vpp", type=COUNT, default=1, show_default=True, help="Virtual stages per pipeline rank."),
+    click.option("--ep", type=COUNT, default=1, show_default=True, help="Expert-parallel size."),
+    click.option("--etp", type=COUNT, default=1, show_default=True, help="Tensor-parallel size of experts."),
+    click.option("--micro-batch", type=COUNT, default=1, show_default=True, help="Sequences of a micro-batch."),
+    click.option("--sharding", type=click.Choice(["ddp", "optimizer", "fsdp"]), default="optimizer", show_default=True),
+    click.option("--recompute", default="none", show_default=True, help="Modules joined by +, or full, or none."),
+    click.option("--dispatcher", type=click.Choice(["allgather", "alltoall", "deepep", "hybridep"]), default="alltoall",
+                 show_default=True),
+    click.option("--ep-overlap", is_flag=True, help="Hide expert all-to-all behind another micro-batch."),
+    click.option("--tp-overlap", is_flag=True, help="Overlap tensor-parallel exchange with its GEMMs."),
+    click.option("--no-dp-overlap", is_flag=True, help="Do not overlap gradient reduction and parameter gather."),
+    click.option("--cuda-graphs", default="none", show_default=True, help="Scopes joined by +, full_iteration, or none."),
+    click.option("--optimizer-offload", type=float, default=0.0, show_default=True, help="Share of optimizer states on host."),
+    click.option("--stages", default="", help="Pipeline split, like 'Et*3|(tt|)*29m|L', or balanced; default: even."),
+]  # fmt: skip
+
+
+def _layout_options(function: Any) -> Any:
+    for option in reversed(_LAYOUT):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument("plan_file", required=False, metavar="[PLAN]", type=click.Path(path_type=Path))
+@problem_options
+@_layout_options
+@click.option("--runs", type=click.Path(path_type=Path), metavar="FILE.csv", help="Price a table of training runs instead.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the table, or the plan, to this file.")
+@json_option
+def estimate(plan_file: Path | None, runs: Path | None, output: Path | None, as_json: bool, **options: Any) -> int:
+    """Price a given layout, or a table of training runs.
+
+    \b
+    Examples:
+      moeplan estimate plan.yaml
+      moeplan estimate --model mixtral-8x7b --cluster h100x64 --global-batch 256 --seq-len 4096 \\
+                       --tp 2 --pp 2 --ep 8 --micro-batch 1
+      moeplan estimate --runs runs.csv -o predicted.csv
+
+    The layout comes from a plan file or from options; data parallelism takes the GPUs that the other degrees leave. A table has
+    the columns listed in docs/runs.md; each row becomes ok, partial (with the defaults that were used) or unsupported (with the
+    reason).
+    """
+    ctx = click.get_current_context()
+    given = [n for n in options if ctx.get_parameter_source(n) == click.core.ParameterSource.COMMANDLINE]
+    if runs is not None or plan_file is not None:
+        if runs is not None and plan_file is not None:
+            raise UsageError("give a plan file or --runs, not both")
+        if given:
+            what = "--runs" if runs is not None else "a plan file"
+            names = ", ".join("--" + n.removesuffix("_ref").replace("_", "-") for n in given)
+            raise UsageError(f"{what} states the whole question; {names} would be ignored")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise FileError(f"cannot write '{output}'", hint="choose a directory that exists and is writable")
+    if runs is not None:
+        return _table(runs, output, as_json)
+    if plan_file is not None:
+        from moeplan.planner.plan import load_plan
+
+        plan = load_plan(plan_file)
+    else:
+        plan = _from_options(options)
+    if output is not None:
+        plan.save(output)
+    if as_json:
+        print_json(plan.to_data())
+        return 0
+    from moeplan.cli.render import console, memory_table, plan_summary, time_bars
+
+    out = console()
+    for line in plan_summary(plan):
+        out.print(line)
+    out.print()
+    out.print(time_bars(plan.time))
+    out.print()
+    out.print(memory_table(plan))
+    return 0
+
+
+def _from_options(options: dict[str, Any]) -> Any:
+    from moeplan.costmodels.layout import Layout
+    from moeplan.costmodels.stages import balanced_split
+    from moeplan.planner.constraints import violations
+    from moeplan.planner.plan import price_plan
+
+    names = [p.name for p in estimate.params if isinstance(p, click.Option)]
+    layout_names = {"tp", "cp", "pp", "vpp", "ep", "etp", "micro_batch", "sharding", "recompute", "dispatcher", "ep_overlap",
+                    "tp_overlap", "no_dp_overlap", "cuda_graphs", "optimizer_offload", "stages"}  # fmt: skip
+    chosen = {n: options[n] for n in names if n in layout_names}
+    problem = make_problem(**{n: v for n, v in options.items() if n not in layout_names})
+    gpus = problem.profile.cluster.gpus
+    tp, cp, pp, ep, etp = (chosen[n] for n in ("tp", "cp", "pp", "ep", "etp"))
+    for text, ways in ((f"tp*cp*pp = {tp}*{cp}*{pp}", tp * cp * pp), (f"etp*ep*pp = {etp}*{ep}*{pp}", etp * ep * pp)):
+        if gpus % ways:
+            raise LayoutError(f"{text} = {ways} does not divide the {gpus} GPUs of {problem.profile.cluster.name}")
+    stages = chosen["stages"]
+    if stages == "balanced":
+        stages = balanced_split(problem.model, problem.workload.seq_len, pp * chosen["vpp"])
+    layout = Layout(
+        tp=tp, cp=cp, pp=pp, vpp=chosen["vpp"], dp=gpus // (tp * cp * pp), ep=ep, etp=etp, edp=gpus // (etp * ep * pp),
+        micro_batch=chosen["micro_batch"],
+        sequence_parallel=tp > 1,
+        sharding=chosen["sharding"],
+        recompute=_names(chosen["recompute"]),
+        dispatcher=chosen["dispatcher"] if problem.model.moe is not None else "none",
+        ep_overlap=chosen["ep_overlap"],
+        tp_overlap=chosen["tp_overlap"],
+        dp_overlap=not chosen["no_dp_overlap"],
+        cuda_graphs=_names(chosen["cuda_graphs"]),
+        optimizer_offload=chosen["optimizer_offload"],
+        stages=stages,
+    )  # fmt: skip
+    broken = violations(problem, layout)
+    if broken:
+        raise LayoutError(
+            "; ".join(f"{v.reason} (rule {v.rule})" for v in broken), hint=next((v.hint for v in broken if v.hint), None)
+        )
+    return price_plan(problem, layout, remarks=problem.model.remarks)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return () if text in ("none", "") else tuple(text.split("+"))
+
+
+def _table(runs: Path, output: Path | None, as_json: bool) -> int:
+    from moeplan.planner.estimate import price_runs, read_table, table_text
+    from moeplan.records import save_text
+
+    rows = read_table(runs)
+    with progress_bar("pricing runs") as progress:
+        priced = price_runs(rows, progress)
+    if output is not None:
+        save_text(output, table_text(priced), "table of predictions")
+        counts = {s: sum(p.status == s for p in priced) for s in ("ok", "partial", "unsupported")}
+        click.echo(
+            f"{len(priced)} rows: " + ", ".join(f"{n} {s}" for s, n in counts.items()) + f"; written to {output}", err=True
+        )
+    if as_json:
+        print_json([p.row() for p in priced])
+    elif output is None:
+        click.echo(table_text(priced), nl=False)
+    return 0

@@ -1,0 +1,74 @@
+"""`moeplan explain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moeplan.cli.options import json_option, print_json, remark
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), metavar="OTHER", help="Compare with another plan.")
+@json_option
+def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
+    """Show what a plan's time and memory go to, and what its neighbours cost.
+
+    \b
+    Examples:
+      moeplan explain plan.yaml
+      moeplan explain plan.yaml --against other.yaml
+
+    For each degree the next value up and down is shown at its best, or with the rule or the memory that forbids it.
+    """
+    from moeplan.planner.explain import bindings, difference, neighbours
+    from moeplan.planner.plan import load_plan
+
+    plan = load_plan(plan_file)
+    other = load_plan(against) if against is not None else None
+    for text in plan.remarks:
+        remark(text)
+    if other is not None:
+        rows = difference(plan, other)
+        if as_json:
+            parts = [{"part": name, "this_s": a, "other_s": b} for name, a, b in rows]
+            print_json({"this_step_s": plan.step_s, "other_step_s": other.step_s, "parts": parts})
+            return 0
+        from moeplan.cli.render import console, difference_table
+
+        console().print(difference_table(plan, other, rows))
+        return 0
+    limits, around = bindings(plan), neighbours(plan)
+    if as_json:
+        data = plan.to_data()
+        data["binds"] = [{"what": b.what, "share": b.share, "detail": b.detail} for b in limits]
+        data["neighbours"] = [
+            {"field": n.field, "value": n.value, "verdict": n.verdict, "step_s": n.step_s or None, "reason": n.reason}
+            for n in around
+        ]
+        print_json(data)
+        return 0
+    from moeplan.cli.render import (
+        bindings_table,
+        certificate_lines,
+        console,
+        memory_table,
+        neighbours_table,
+        plan_summary,
+        time_bars,
+    )  # fmt: skip
+
+    out = console()
+    for line in plan_summary(plan):
+        out.print(line)
+    for block in (time_bars(plan.time), memory_table(plan), bindings_table(limits), neighbours_table(plan, around)):
+        out.print()
+        out.print(block)
+    if plan.certificate is not None:
+        out.print()
+        c = plan.certificate
+        for line in certificate_lines(c.considered, c.priced, c.rejected, c.seconds, c.gap):
+            out.print(line)
+    return 0

@@ -1,0 +1,152 @@
+"""Options that several commands share, and how they become a problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moeplan.errors import MoeplanError, UsageError
+
+if TYPE_CHECKING:
+    from moeplan.planner.problem import Problem
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Count(click.ParamType[int]):
+    """A whole number of at least one."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; refuses fractions, zero and negative numbers."""
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"'{value}' is not a number", param, ctx)
+        if number != int(number) or number < 1:
+            self.fail(f"{value} is not a whole number of at least 1", param, ctx)
+        return int(number)
+
+
+COUNT = Count()
+
+_PROBLEM = [
+    click.option("--model", "model_ref", metavar="MODEL", help="Catalog name, config.json or a directory that holds one."),
+    click.option("--cluster", "cluster_ref", metavar="CLUSTER", help="Shorthand (h100x256), catalog name or a YAML file."),
+    click.option("--global-batch", type=COUNT, metavar="N", help="Sequences of a step."),
+    click.option("--seq-len", type=COUNT, metavar="N", help="Tokens of a sequence."),
+    click.option(
+        "--precision", default="bf16", show_default=True, help="bf16, fp8-cs, fp8-delayed, fp8-blockwise, fp8-mx or nvfp4."
+    ),
+    click.option(
+        "--era", default="latest", show_default=True, help="Software features that exist: latest, or a name like deepep-2025."
+    ),
+    click.option(
+        "--gradients", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Gradient reduction."
+    ),
+    click.option("--moments", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Adam moments."),
+    click.option(
+        "--imbalance", type=float, default=1.0, show_default=True, help="Tokens of the fullest expert rank over the mean."
+    ),
+    click.option("--no-mtp", is_flag=True, help="Train without the model's multi-token-prediction layers."),
+    click.option("--memory-limit", metavar="SIZE", help="Device memory that a plan may use, like 70GiB; default: all of it."),
+    click.option("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="Price of one GPU for an hour."),
+]
+
+
+def problem_options(function: F) -> F:
+    """Add the options that state a problem."""
+    for option in reversed(_PROBLEM):
+        function = option(function)
+    return function
+
+
+def json_option(function: F) -> F:
+    """Add `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def print_json(data: Any) -> None:
+    """Plain data as JSON on stdout."""
+    click.echo(json.dumps(data, indent=2, default=str))
+
+
+def remark(text: str) -> None:
+    """A remark on stderr."""
+    click.echo(f"note: {text}", err=True)
+
+
+def make_problem(
+    *,
+    model_ref: str | None,
+    cluster_ref: str | None,
+    global_batch: int | None,
+    seq_len: int | None,
+    precision: str,
+    era: str,
+    gradients: str,
+    moments: str,
+    imbalance: float,
+    no_mtp: bool,
+    memory_limit: str | None,
+    price_per_gpu_hour: float,
+    pins: tuple[str, ...] = (),
+    forbidden: tuple[str, ...] = (),
+) -> Problem:
+    """The problem that the options state; every missing one is named."""
+    needed = {"--model": model_ref, "--cluster": cluster_ref, "--global-batch": global_batch, "--seq-len": seq_len}
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        raise UsageError(
+            f"missing {', '.join(missing)}", hint="a plan file says all of them; `moeplan solve --help` shows an example"
+        )
+    assert model_ref is not None and cluster_ref is not None and global_batch is not None and seq_len is not None
+    from moeplan.costmodels.model_catalog import load_model
+    from moeplan.costmodels.workload import Workload, load_era, load_precision
+    from moeplan.planner.problem import Problem, parse_condition
+    from moeplan.profiles.hardware import load_cluster
+    from moeplan.profiles.profile import nominal
+    from moeplan.units import parse_bytes
+
+    if price_per_gpu_hour < 0:
+        raise UsageError(f"--price-per-gpu-hour {price_per_gpu_hour:g} is negative")
+    model, cluster = load_model(model_ref), load_cluster(cluster_ref)
+    if no_mtp:
+        model = dataclasses.replace(model, mtp=())
+    if price_per_gpu_hour:
+        cluster = dataclasses.replace(cluster, price_per_gpu_hour=price_per_gpu_hour)
+    workload = Workload(
+        seq_len=seq_len,
+        global_batch=global_batch,
+        precision=load_precision(precision),
+        era=load_era(era),
+        gradient_bytes={"fp32": 4, "bf16": 2}[gradients],
+        moment_bytes={"fp32": 4, "bf16": 2}[moments],
+        imbalance=imbalance,
+    )
+    for text in model.remarks:
+        remark(text)
+    return Problem(
+        model=model,
+        profile=nominal(cluster),
+        workload=workload,
+        pins=tuple(parse_condition(p) for p in pins),
+        forbidden=tuple(parse_condition(p) for p in forbidden),
+        memory_limit_bytes=parse_bytes(memory_limit) if memory_limit else 0.0,
+    )
+
+
+def progress_bar(label: str) -> Any:
+    """A context manager that yields a `report(done, total)`; the bar shows after a second if stderr is a terminal."""
+    from moeplan.cli.render import Progress
+
+    return Progress(label, enabled=sys.stderr.isatty())
+
+
+__all__ = ["COUNT", "MoeplanError", "json_option", "make_problem", "print_json", "problem_options", "progress_bar", "remark"]

@@ -1,0 +1,270 @@
+"""What people see: tables and bars on a terminal.
+
+Units change here and only here: seconds become ms or s, bytes GiB, FLOP/s TFLOP/s. Wide tables are kept to 120 columns where
+stdout is not a terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moeplan.costmodels.breakdown import Breakdown
+from moeplan.planner.explain import Binding, Neighbour
+from moeplan.planner.plan import Plan, StageMemory
+from moeplan.planner.solve import Solution, cost_per_trillion_tokens
+from moeplan.units import GIB, TERA, format_bytes, format_count, format_seconds
+
+BAR = 28
+"""Characters of a full bar."""
+COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_blue", "bright_cyan", "bright_green", "bright_yellow")
+
+
+def console() -> Console:
+    """The console for data, on stdout."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120, soft_wrap=False)
+
+
+class Progress:
+    """A progress bar on stderr that appears after a second."""
+
+    def __init__(self, label: str, *, enabled: bool) -> None:
+        self.label, self.enabled = label, enabled
+        self.started = time.monotonic()
+        self.bar: object | None = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self.report
+
+    def report(self, done: int, total: int) -> None:
+        """Show `done` of `total`."""
+        if not self.enabled or time.monotonic() - self.started < 1.0:
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        if self.bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
+            bar.add_task(self.label, total=total)
+            bar.start()
+            self.bar = bar
+        assert isinstance(self.bar, RichProgress)
+        self.bar.update(self.bar.task_ids[0], completed=done, total=total)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        stop = getattr(self.bar, "stop", None)
+        if stop is not None:
+            stop()
+
+
+def solution_table(solution: Solution) -> Table:
+    """The best plans, one a row."""
+    first = solution.plans[0]
+    priced = bool(first.problem.profile.cluster.price_per_gpu_hour)
+    table = Table(title=title(first), title_style="bold", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for name in ("", "layout", "micro", "recompute", "dispatch"):
+        table.add_column(name)
+    for name in ("step", "80 % of runs", "tok/s/GPU", "MFU", "peak GiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if priced:
+        table.add_column("per 10^12 tok", justify="right", no_wrap=True)
+    for i, plan in enumerate(solution.plans):
+        cells = [
+            str(i + 1),
+            layout_text(plan),
+            str(plan.layout.micro_batch),
+            " ".join(plan.layout.recompute) or "-",
+            dispatch_text(plan),
+            format_seconds(plan.step_s),
+            f"{format_seconds(plan.low_s)} - {format_seconds(plan.high_s)}",
+            f"{plan.tokens_per_s_per_gpu:,.0f}",
+            f"{plan.mfu:.1%}",
+            f"{plan.peak_bytes / GIB:.1f}",
+        ]
+        if priced:
+            cells.append(f"{cost_per_trillion_tokens(plan.problem, plan.layout.world, plan.step_s):,.0f}")
+        table.add_row(*cells, style="bold green" if i == 0 else None)
+    return table
+
+
+def title(plan: Plan) -> str:
+    """What was asked: model, cluster, workload."""
+    problem, workload = plan.problem, plan.problem.workload
+    return (
+        f"{problem.model.name} on {problem.profile.cluster.name}, {workload.global_batch} x {workload.seq_len} tokens, "
+        f"{workload.precision.name}, era {workload.era.name}"
+    )
+
+
+def layout_text(plan: Plan) -> str:
+    """Degrees, and GPUs where plans of several sizes stand together."""
+    return f"{plan.layout.degrees()}"
+
+
+def dispatch_text(plan: Plan) -> str:
+    """Dispatcher and overlap."""
+    x = plan.layout
+    name = "-" if x.dispatcher == "none" else x.dispatcher
+    return f"{name}, overlap" if x.ep_overlap else "TP overlap" if x.tp_overlap else name
+
+
+def certificate_lines(considered: int, priced: int, rejected: Mapping[str, int], seconds: float, gap: float) -> Iterable[Text]:
+    """What stands behind the answer."""
+    yield Text(
+        f"best of {format_count(considered)} layouts, gap {gap:.0%}, {seconds:.2f} s ({format_count(priced)} priced in full)"
+    )
+    names = {
+        "memory": "too large for the device",
+        "slower": "slower (by bound or by subset)",
+        "excluded": "excluded by --pin / --forbid",
+    }
+    shown = sorted(rejected.items(), key=lambda kv: -kv[1])
+    parts = [f"{names.get(reason, reason)} {format_count(count)}" for reason, count in shown]
+    yield Text("passed over: " + ", ".join(parts), style="dim")
+
+
+def time_bars(time_s: Breakdown) -> Table:
+    """Parts of the step time as bars, largest first."""
+    return _bars([(name, float(value)) for name, value in time_s], format_seconds, "step time")
+
+
+def _bars(parts: list[tuple[str, float]], fmt: Callable[[float], str], heading: str) -> Table:
+    total = sum(v for _, v in parts)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(f"{heading} {fmt(total)}", min_width=34)
+    table.add_column("", justify="right")
+    table.add_column("", justify="right")
+    table.add_column("")
+    shown = sorted((p for p in parts if p[1] > 0.0005 * total), key=lambda p: -p[1])
+    most = max((v for _, v in shown), default=1.0)
+    for i, (name, value) in enumerate(shown):
+        bar = Text("█" * max(1, round(BAR * value / most)), style=COLOURS[i % len(COLOURS)])
+        table.add_row(name, fmt(value), f"{value / total:.1%}", bar)
+    return table
+
+
+def memory_table(plan: Plan) -> Table:
+    """Memory of the pipeline stages by part; stages that hold the same stand in one row, as the fullest of them."""
+    names = list(dict.fromkeys(n for s in plan.stages for n, v in s.parts if float(v) > 0.005 * GIB))
+    table = Table(
+        title="peak memory by pipeline stage, GiB", title_justify="left", box=None, pad_edge=False, header_style="dim"
+    )
+    table.add_column("stage", no_wrap=True)
+    table.add_column("holds", overflow="fold", max_width=26)
+    table.add_column("ms a micro-batch", justify="right", overflow="fold", max_width=8)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold", max_width=11)
+    table.add_column("peak", justify="right", style="bold")
+    table.add_column("of device")
+    device = plan.problem.device_bytes
+    for first, last, stage, seconds in _stage_groups(plan):
+        peak = float(stage.parts.total)
+        filled = min(10, round(10 * peak / device))
+        style = "red" if plan.problem.excess_bytes(peak) > 0 else "green" if peak < 0.85 * device else "yellow"
+        bar = Text("█" * filled + "░" * (10 - filled), style=style)
+        cells = [f"{float(stage.parts.parts.get(n, 0.0)) / GIB:.1f}" for n in names]
+        ranks = str(first) if first == last else f"{first}-{last}"
+        table.add_row(ranks, _short(stage.chunks), f"{1e3 * seconds:.1f}", *cells, f"{peak / GIB:.1f}", bar)
+    return table
+
+
+def _stage_groups(plan: Plan) -> list[tuple[int, int, StageMemory, float]]:
+    """First and last rank of each run of stages that hold the same, the fullest stage of the run and its seconds."""
+    out: list[tuple[int, int, StageMemory, float]] = []
+    keys: list[tuple[object, ...]] = []
+    for stage, seconds in zip(plan.stages, plan.stage_s, strict=True):
+        key = (_short(stage.chunks), round(seconds, 9), stage.parts.parts.get("weights"))
+        if keys and keys[-1] == key:
+            first, _, fullest, time_s = out[-1]
+            more = stage if float(stage.parts.total) > float(fullest.parts.total) else fullest
+            out[-1] = (first, stage.rank, more, time_s)
+        else:
+            keys.append(key)
+            out.append((stage.rank, stage.rank, stage, seconds))
+    return out
+
+
+def _short(chunks: tuple[str, ...]) -> str:
+    """Chunks with runs of letters counted: ("Ettt", "ttt") -> "E 3t | 3t"."""
+    out = []
+    for chunk in chunks:
+        words = ["E"] if "E" in chunk else []
+        if chunk.count("t"):
+            words.append(f"{chunk.count('t')}t")
+        words += [letter for letter in "mL" if letter in chunk]
+        out.append(" ".join(words) or "-")
+    if len(out) > 4 and len(set(out[1:-1])) == 1:
+        return f"{out[0]} | {len(out) - 2} x ({out[1]}) | {out[-1]}"
+    return " | ".join(out)
+
+
+def bindings_table(bindings: list[Binding]) -> Table:
+    """What limits a plan."""
+    table = Table(title="what binds", title_justify="left", box=None, pad_edge=False, show_header=False)
+    for binding in bindings:
+        table.add_row(binding.what, f"{binding.share:.0%}", binding.detail)
+    return table
+
+
+def neighbours_table(plan: Plan, neighbours: list[Neighbour]) -> Table:
+    """One step away in every degree."""
+    table = Table(
+        title="one step away (the rest chosen anew)", title_justify="left", box=None, pad_edge=False, header_style="dim"
+    )
+    for name in ("change", "step", "against this plan", "how, or why not"):
+        table.add_column(name, overflow="fold")
+    for n in neighbours:
+        change = f"{n.field} {getattr(plan.layout, n.field)} -> {n.value}"
+        if n.best is None:
+            table.add_row(change, "-", Text(n.verdict, style="red"), n.reason)
+            continue
+        share = n.step_s / plan.step_s - 1
+        x = n.best.layout
+        how = f"micro {x.micro_batch}, VPP{x.vpp}, recompute {'+'.join(x.recompute) or 'none'}"
+        if x.dispatcher != "none":
+            how += f", {x.dispatcher}{' overlap' if x.ep_overlap else ''}"
+        style = "green" if share < 0 else "yellow" if share < 0.05 else ""
+        table.add_row(change, format_seconds(n.step_s), Text(f"{share:+.1%}", style=style), how)
+    return table
+
+
+def difference_table(first: Plan, second: Plan, rows: list[tuple[str, float, float]]) -> Table:
+    """Two plans side by side."""
+    table = Table(title="step time side by side", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    table.add_column("part")
+    for name in (f"this: {first.layout.degrees()}", f"other: {second.layout.degrees()}", "difference"):
+        table.add_column(name, justify="right", overflow="fold")
+    for name, a, b in rows:
+        table.add_row(name, format_seconds(a), format_seconds(b), f"{'+' if b >= a else '-'}{format_seconds(abs(b - a))}")
+    delta = second.step_s / first.step_s - 1
+    table.add_row("total", format_seconds(first.step_s), format_seconds(second.step_s), f"{delta:+.1%}", style="bold")
+    table.add_row("peak memory", format_bytes(first.peak_bytes), format_bytes(second.peak_bytes), "")
+    return table
+
+
+def plan_summary(plan: Plan) -> Iterable[Text]:
+    """A plan in three lines."""
+    x = plan.layout
+    yield Text(title(plan), style="bold")
+    yield Text(
+        f"{x.degrees()}, micro-batch {x.micro_batch}, recompute {'+'.join(x.recompute) or 'none'}, {dispatch_text(plan)}"
+        + (f", split {x.stages}" if x.stages else "")
+    )
+    yield Text(
+        f"step {format_seconds(plan.step_s)} (80 % of runs: {format_seconds(plan.low_s)} to {format_seconds(plan.high_s)}), "
+        f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {plan.model_flops_per_s / TERA:,.0f} TFLOP/s/GPU, "
+        f"MFU {plan.mfu:.1%} of bf16 peak"
+    )
+    fit = "fits" if plan.excess_bytes <= 0 else f"DOES NOT FIT: {format_bytes(plan.excess_bytes)} too much"
+    yield Text(
+        f"peak {format_bytes(plan.peak_bytes)} allocated on stage {plan.fullest.rank} "
+        f"of {format_bytes(plan.problem.device_bytes)}: {fit}",
+        style="red" if plan.excess_bytes > 0 else "",
+    )

@@ -1,0 +1,182 @@
+"""Solving a problem: the best plans of one cluster, or over the sizes that a cluster can be cut to.
+
+"throughput" takes all GPUs. "gpus" finds the fewest that reach a target, "cost" the least money per 10^12 tokens; both look at
+whole nodes, every count up to 64 nodes and beyond that those with small prime factors only, since others leave few layouts.
+That no plan fits is an answer: `Solution.status` says so, with what missed by how much and how many GPUs would do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moeplan.errors import ProblemError
+from moeplan.planner.plan import Certificate, Plan, RunnerUp, price_plan
+from moeplan.planner.problem import Problem
+from moeplan.planner.search import Search, search
+from moeplan.profiles.profile import nominal
+from moeplan.units import HOUR_S
+
+Objective = Literal["throughput", "gpus", "cost"]
+Progress = Callable[[int, int], None]
+
+EVERY_COUNT_UP_TO = 64
+"""Nodes up to which every count is looked at."""
+SMALL_PRIMES = (2, 3, 5, 7)
+FAR_ENOUGH = 64
+"""Times the GPUs of the problem, up to which a size that fits is looked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solution:
+    """Answer to a problem."""
+
+    status: Literal["optimal", "infeasible"]
+    plans: tuple[Plan, ...]
+    """Best first; empty if nothing fits."""
+    considered: int
+    rejected: Mapping[str, int]
+    """Layouts by the reason they were passed over."""
+    priced: int
+    seconds: float
+    nearest_excess_bytes: float = np.inf
+    """By how much the smallest layout that memory forbids misses the device; infinite if no layout got that far."""
+    gpus_that_fit: int = 0
+    """GPUs of the same kind on which some plan fits; 0: not looked for or not found."""
+    counts: tuple[int, ...] = ()
+    """GPU counts that were looked at."""
+
+
+def solve(
+    problem: Problem,
+    *,
+    objective: Objective = "throughput",
+    keep: int = 5,
+    target_step_s: float = np.inf,
+    target_tokens_per_s: float = 0.0,
+    progress: Progress | None = None,
+) -> Solution:
+    """The `keep` best plans; a target is a step time or tokens per second of the whole job."""
+    started = time.perf_counter()
+    if objective == "throughput":
+        found = search(problem, keep, progress)
+        return _solution(problem, [(problem, found)], found, started)
+    reach = min(target_step_s, problem.workload.tokens / target_tokens_per_s if target_tokens_per_s else np.inf)
+    if objective == "gpus" and not np.isfinite(reach):
+        raise ProblemError("objective 'gpus' needs a target", hint="give --target-step-time or --target-tokens-per-s")
+    if objective == "cost" and not problem.profile.cluster.price_per_gpu_hour:
+        raise ProblemError("objective 'cost' needs a price", hint="give --price-per-gpu-hour")
+    return _over_counts(problem, objective, keep, reach, started, progress)
+
+
+def gpu_counts(problem: Problem) -> list[int]:
+    """GPU counts of the problem's cluster that are looked at, ascending."""
+    cluster = problem.profile.cluster
+    node = min(cluster.gpus_per_node, cluster.gpus)
+    nodes = cluster.gpus // node
+    return [node * n for n in range(1, nodes + 1) if n <= EVERY_COUNT_UP_TO or n == nodes or _smooth(n)]
+
+
+def cost_per_trillion_tokens(problem: Problem, gpus: int, step_s: float) -> float:
+    """Money for 10^12 tokens."""
+    seconds = 1e12 / problem.workload.tokens * step_s
+    return gpus * problem.profile.cluster.price_per_gpu_hour * seconds / HOUR_S
+
+
+def resized(problem: Problem, gpus: int) -> Problem:
+    """The same problem on another number of GPUs."""
+    return dataclasses.replace(problem, profile=nominal(problem.profile.cluster.resized(gpus)))
+
+
+def _over_counts(
+    problem: Problem, objective: Objective, keep: int, reach: float, started: float, progress: Progress | None
+) -> Solution:
+    counts = gpu_counts(problem)
+    best: list[tuple[Problem, Search]] = []
+    best_rate = 0.0  # tokens per second and GPU, the inverse of cost
+    totals = Search()
+    for place, gpus in enumerate(counts):
+        sized = resized(problem, gpus)
+        limit = reach
+        if objective == "cost" and best_rate:
+            limit = min(limit, problem.workload.tokens / (best_rate * gpus))
+        found = search(sized, keep if objective == "gpus" else 1, limit_s=limit)
+        totals.considered += found.considered
+        totals.priced += found.priced
+        totals.rejected += found.rejected
+        totals.nearest_excess_bytes = min(totals.nearest_excess_bytes, found.nearest_excess_bytes)
+        if progress is not None:
+            progress(place + 1, len(counts))
+        if not found.best:
+            continue
+        best.append((sized, found))
+        if objective == "gpus":
+            break
+        best_rate = max(best_rate, problem.workload.tokens / (found.best[0].step_s * gpus))
+    if objective == "cost":
+        best.sort(key=lambda pf: pf[0].profile.cluster.gpus * pf[1].best[0].step_s)
+        best = best[:keep]
+    return dataclasses.replace(_solution(problem, best, totals, started), counts=tuple(counts))
+
+
+def _solution(problem: Problem, found: list[tuple[Problem, Search]], totals: Search, started: float) -> Solution:
+    candidates = [(sized, c) for sized, result in found for c in result.best]
+    seconds = time.perf_counter() - started
+    certificate = Certificate(
+        status="optimal",
+        considered=totals.considered,
+        priced=totals.priced,
+        rejected=dict(totals.rejected),
+        seconds=round(seconds, 3),
+    )
+    runners = tuple(RunnerUp(layout=c.layout, step_s=c.step_s, peak_bytes=c.peak_bytes) for _, c in candidates)
+    plans = tuple(
+        price_plan(
+            sized,
+            c.layout,
+            certificate=certificate,
+            runners_up=runners[:i] + runners[i + 1 :],
+            remarks=sized.model.remarks,
+        )
+        for i, (sized, c) in enumerate(candidates)
+    )
+    return Solution(
+        status="optimal" if plans else "infeasible",
+        plans=plans,
+        considered=totals.considered,
+        rejected=dict(Counter(totals.rejected).most_common()),
+        priced=totals.priced,
+        seconds=seconds,
+        nearest_excess_bytes=totals.nearest_excess_bytes,
+        gpus_that_fit=0 if plans else _gpus_that_fit(problem, totals),
+    )
+
+
+def _gpus_that_fit(problem: Problem, found: Search) -> int:
+    """The smallest of 2, 3, 4, 6, 8, 12, ... times the GPUs on which some plan fits, if memory is what forbids."""
+    if not np.isfinite(found.nearest_excess_bytes):
+        return 0
+    gpus = problem.profile.cluster.gpus
+    for power in range(1, FAR_ENOUGH.bit_length()):
+        for times in (2**power, 3 * 2 ** (power - 1)):
+            if times <= FAR_ENOUGH and search(resized(problem, _whole_nodes(problem, times * gpus)), 1).best:
+                return _whole_nodes(problem, times * gpus)
+    return 0
+
+
+def _whole_nodes(problem: Problem, gpus: int) -> int:
+    node = problem.profile.cluster.gpus_per_node
+    return gpus if gpus < node else -(-gpus // node) * node
+
+
+def _smooth(n: int) -> bool:
+    for prime in SMALL_PRIMES:
+        while n % prime == 0:
+            n //= prime
+    return n == 1
