@@ -6,6 +6,7 @@ Inside moeplan every quantity is in seconds, bytes, FLOP, bytes/s or FLOP/s. Oth
 
 from __future__ import annotations
 
+import math
 import re
 
 from moeplan.errors import UsageError
@@ -34,7 +35,10 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examp
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in units:
         raise UsageError(f"'{text}' is not {what}", hint=f"write it like {example}")
-    return float(match[1]) * units[match[2].lower()]
+    value = float(match[1]) * units[match[2].lower()]
+    if value == math.inf:
+        raise UsageError(f"'{text}' is too large for {what}", hint=f"write it like {example}")
+    return value
 
 
 def format_bytes(n: float) -> str:

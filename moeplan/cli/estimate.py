@@ -7,8 +7,17 @@ from typing import Any
 
 import click
 
-from moeplan.cli.options import COUNT, json_option, make_problem, print_json, problem_options, progress_bar
-from moeplan.errors import FileError, LayoutError, UsageError
+from moeplan.cli.options import (
+    COUNT,
+    check_writable,
+    json_option,
+    make_problem,
+    print_json,
+    problem_options,
+    progress_bar,
+    remark,
+)
+from moeplan.errors import LayoutError, UsageError
 
 _LAYOUT = [
     click.option("--tp", type=COUNT, default=1, show_default=True, help="Tensor-parallel size."),
@@ -67,16 +76,20 @@ def estimate(plan_file: Path | None, runs: Path | None, output: Path | None, as_
             what = "--runs" if runs is not None else "a plan file"
             names = ", ".join("--" + n.removesuffix("_ref").replace("_", "-") for n in given)
             raise UsageError(f"{what} states the whole question; {names} would be ignored")
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise FileError(f"cannot write '{output}'", hint="choose a directory that exists and is writable")
+    if output is not None:
+        check_writable(output, "plan file" if runs is None else "table of predictions")
     if runs is not None:
+        if output is not None and output.exists() and runs.exists() and output.samefile(runs):
+            raise UsageError(f"-o {output} is the run table itself, which would be lost", hint="choose another file")
         return _table(runs, output, as_json)
     if plan_file is not None:
         from moeplan.planner.plan import load_plan
 
         plan = load_plan(plan_file)
+        for text in plan.remarks:
+            remark(text)
     else:
-        plan = _from_options(options)
+        plan = _from_options(options, dispatcher_given="dispatcher" in given)
     if output is not None:
         plan.save(output)
     if as_json:
@@ -94,7 +107,7 @@ def estimate(plan_file: Path | None, runs: Path | None, output: Path | None, as_
     return 0
 
 
-def _from_options(options: dict[str, Any]) -> Any:
+def _from_options(options: dict[str, Any], *, dispatcher_given: bool) -> Any:
     from moeplan.costmodels.layout import Layout
     from moeplan.costmodels.stages import balanced_split
     from moeplan.planner.constraints import violations
@@ -105,6 +118,8 @@ def _from_options(options: dict[str, Any]) -> Any:
                     "tp_overlap", "no_dp_overlap", "cuda_graphs", "optimizer_offload", "stages"}  # fmt: skip
     chosen = {n: options[n] for n in names if n in layout_names}
     problem = make_problem(**{n: v for n, v in options.items() if n not in layout_names})
+    if dispatcher_given and problem.model.moe is None:
+        raise UsageError(f"--dispatcher {chosen['dispatcher']}: {problem.model.name} has no experts to dispatch to")
     gpus = problem.profile.cluster.gpus
     tp, cp, pp, ep, etp = (chosen[n] for n in ("tp", "cp", "pp", "ep", "etp"))
     for text, ways in ((f"tp*cp*pp = {tp}*{cp}*{pp}", tp * cp * pp), (f"etp*ep*pp = {etp}*{ep}*{pp}", etp * ep * pp)):

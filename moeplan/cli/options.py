@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from moeplan.errors import MoeplanError, UsageError
+from moeplan.errors import FileError, MoeplanError, UsageError
 
 if TYPE_CHECKING:
     from moeplan.planner.problem import Problem
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+MOST = 1_000_000_000
+"""Larger counts are taken for slips."""
 
 
 class Count(click.ParamType[int]):
@@ -23,14 +29,19 @@ class Count(click.ParamType[int]):
 
     name = "integer"
 
+    def __init__(self, most: int = MOST) -> None:
+        self.most = most
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number; refuses fractions, zero and negative numbers."""
+        """The number; refuses fractions, zero, negative numbers and what can only be a slip."""
         try:
             number = float(value)
         except ValueError:
             self.fail(f"'{value}' is not a number", param, ctx)
-        if number != int(number) or number < 1:
+        if not 1 <= number < math.inf or number != int(number):
             self.fail(f"{value} is not a whole number of at least 1", param, ctx)
+        if number > self.most:
+            self.fail(f"{value} is more than the {self.most} that are handled", param, ctx)
         return int(number)
 
 
@@ -82,6 +93,19 @@ def remark(text: str) -> None:
     click.echo(f"note: {text}", err=True)
 
 
+def check_writable(path: Path, what: str) -> None:
+    """Refuse an output path before work is spent on it; `what` names what would be written."""
+    try:
+        if path.is_dir():
+            raise FileError(f"cannot write {what} '{path}': it is a directory", hint="give the path of a file")
+        if not path.parent.is_dir():
+            raise FileError(f"cannot write {what} '{path}': there is no directory '{path.parent}'", hint="create it first")
+        if not os.access(path.parent, os.W_OK):
+            raise FileError(f"cannot write {what} '{path}': directory '{path.parent}' is not writable")
+    except OSError as error:
+        raise FileError(f"cannot write {what} '{path}': {error.strerror}") from None
+
+
 def make_problem(
     *,
     model_ref: str | None,
@@ -112,11 +136,21 @@ def make_problem(
     from moeplan.planner.problem import Problem, parse_condition
     from moeplan.profiles.hardware import load_cluster
     from moeplan.profiles.profile import nominal
-    from moeplan.units import parse_bytes
+    from moeplan.units import format_bytes, parse_bytes
 
-    if price_per_gpu_hour < 0:
-        raise UsageError(f"--price-per-gpu-hour {price_per_gpu_hour:g} is negative")
+    if not 0 <= price_per_gpu_hour < math.inf:
+        raise UsageError(f"--price-per-gpu-hour {price_per_gpu_hour:g}: a price of 0 or more is needed")
+    limit = parse_bytes(memory_limit) if memory_limit is not None else math.inf
+    if limit <= 0:
+        raise UsageError(f"--memory-limit {memory_limit} leaves no memory", hint="write it like 70GiB")
     model, cluster = load_model(model_ref), load_cluster(cluster_ref)
+    if imbalance != 1.0 and model.moe is None:
+        raise UsageError(f"--imbalance {imbalance:g}: {model.name} has no experts to load unevenly")
+    if no_mtp and not model.mtp:
+        remark(f"{model.name} has no prediction layers; --no-mtp changes nothing")
+    if math.inf > limit > cluster.device.memory_bytes:
+        has = f"the {format_bytes(cluster.device.memory_bytes)} of a {cluster.device.name}"
+        remark(f"--memory-limit {memory_limit} is more than {has}, which counts")
     if no_mtp:
         model = dataclasses.replace(model, mtp=())
     if price_per_gpu_hour:
@@ -138,7 +172,7 @@ def make_problem(
         workload=workload,
         pins=tuple(parse_condition(p) for p in pins),
         forbidden=tuple(parse_condition(p) for p in forbidden),
-        memory_limit_bytes=parse_bytes(memory_limit) if memory_limit else 0.0,
+        memory_limit_bytes=limit if limit < cluster.device.memory_bytes else 0.0,
     )
 
 
@@ -149,4 +183,7 @@ def progress_bar(label: str) -> Any:
     return Progress(label, enabled=sys.stderr.isatty())
 
 
-__all__ = ["COUNT", "MoeplanError", "json_option", "make_problem", "print_json", "problem_options", "progress_bar", "remark"]
+__all__ = [
+    "COUNT", "Count", "MoeplanError", "check_writable", "json_option", "make_problem", "print_json", "problem_options",
+    "progress_bar", "remark",
+]  # fmt: skip

@@ -158,11 +158,11 @@ def memory_table(plan: Plan) -> Table:
     )
     table.add_column("stage", no_wrap=True)
     table.add_column("holds", overflow="fold", max_width=26)
-    table.add_column("ms a micro-batch", justify="right", overflow="fold", max_width=8)
+    table.add_column("micro-batch", justify="right", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right", overflow="fold", max_width=11)
+        table.add_column(_SHORT.get(name, name), justify="right", no_wrap=True)
     table.add_column("peak", justify="right", style="bold")
-    table.add_column("of device")
+    table.add_column("of device", no_wrap=True)
     device = plan.problem.device_bytes
     for first, last, stage, seconds in _stage_groups(plan):
         peak = float(stage.parts.total)
@@ -171,8 +171,18 @@ def memory_table(plan: Plan) -> Table:
         bar = Text("█" * filled + "░" * (10 - filled), style=style)
         cells = [f"{float(stage.parts.parts.get(n, 0.0)) / GIB:.1f}" for n in names]
         ranks = str(first) if first == last else f"{first}-{last}"
-        table.add_row(ranks, _short(stage.chunks), f"{1e3 * seconds:.1f}", *cells, f"{peak / GIB:.1f}", bar)
+        table.add_row(ranks, _short(stage.chunks), format_seconds(seconds), *cells, f"{peak / GIB:.1f}", bar)
     return table
+
+
+_SHORT = {
+    "optimizer states": "optimizer",
+    "gathered weights": "gathered",
+    "wgrad buffers": "wgrad buf",
+    "working set": "working",
+    "logits and loss": "logits",
+}
+"""Narrow column heads for parts of memory."""
 
 
 def _stage_groups(plan: Plan) -> list[tuple[int, int, StageMemory, float]]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moeplan.cli import NO_PLAN_FITS
-from moeplan.cli.options import COUNT, json_option, make_problem, print_json, problem_options, progress_bar
+from moeplan.cli.options import (
+    Count,
+    check_writable,
+    json_option,
+    make_problem,
+    print_json,
+    problem_options,
+    progress_bar,
+)
 from moeplan.errors import UsageError
 from moeplan.units import format_bytes, format_count
 
@@ -25,7 +34,7 @@ from moeplan.units import format_bytes, format_count
     "--pin", "pins", multiple=True, metavar="COND", help="Keep only layouts that meet it: tp=2, 'pp<=8', recompute=none."
 )
 @click.option("--forbid", "forbidden", multiple=True, metavar="COND", help="Leave out layouts that meet it: 'ep>8'.")
-@click.option("--top", type=COUNT, default=5, show_default=True, help="Plans to show.")
+@click.option("--top", type=Count(100), default=5, show_default=True, help="Plans to show, up to 100.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the best plan to this file.")
 @json_option
 def solve(
@@ -52,19 +61,22 @@ def solve(
     from moeplan.planner.solve import solve as solve_problem
     from moeplan.units import parse_seconds
 
-    if objective == "throughput" and (target_step_time or target_tokens_per_s):
+    if objective == "throughput" and not (target_step_time is None and target_tokens_per_s is None):
         raise UsageError("a target goes with --objective gpus or cost, not with throughput")
-    if target_tokens_per_s is not None and target_tokens_per_s <= 0:
-        raise UsageError(f"--target-tokens-per-s {target_tokens_per_s:g} must be above 0")
+    if target_tokens_per_s is not None and not 0 < target_tokens_per_s < math.inf:
+        raise UsageError(f"--target-tokens-per-s {target_tokens_per_s:g}: a number above 0 is needed")
+    target_step_s = parse_seconds(target_step_time) if target_step_time is not None else math.inf
+    if target_step_s <= 0:
+        raise UsageError(f"--target-step-time {target_step_time}: a time above 0 is needed")
     if output is not None:
-        check_writable(output)
+        check_writable(output, "plan file")
     problem = make_problem(**options, pins=pins, forbidden=forbidden)
     with progress_bar("solving") as progress:
         solution = solve_problem(
             problem,
             objective=objective,
             keep=top,
-            target_step_s=parse_seconds(target_step_time) if target_step_time else float("inf"),
+            target_step_s=target_step_s,
             target_tokens_per_s=target_tokens_per_s or 0.0,
             progress=progress,
         )
@@ -94,16 +106,6 @@ def solve(
     if output is not None:
         click.echo(f"plan written to {output}; next: moeplan export {output} --to megatron -d launch", err=True)
     return 0
-
-
-def check_writable(path: Path) -> None:
-    """Refuse an output path before work is spent on it."""
-    from moeplan.errors import FileError
-
-    if path.is_dir():
-        raise FileError(f"cannot write plan file '{path}': it is a directory")
-    if not path.parent.is_dir():
-        raise FileError(f"cannot write plan file '{path}': there is no directory '{path.parent}'")
 
 
 def _why(problem: Any, solution: Any) -> str:

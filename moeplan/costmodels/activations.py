@@ -42,17 +42,28 @@ def separate_norm(block: Block) -> bool:
 
 def layer_activation_bytes(layer: Layer, model: Model, workload: Workload, layouts: Layouts) -> Any:
     """Saved bytes of one layer for one micro-batch, recompute taken off, [n]."""
-    residual = 2.0 * rank_tokens(workload, layouts) * model.hidden / shard(layouts)
-    kept = sum(_block_bytes(block, model, workload, layouts) for block in layer.blocks)
+    return dense_activation_bytes(layer, model, workload, layouts) + routed_activation_bytes(layer, model, workload, layouts)
+
+
+def dense_activation_bytes(layer: Layer, model: Model, workload: Workload, layouts: Layouts) -> Any:
+    """Saved bytes of everything but routed experts; under recompute of whole layers the layer's input is all that stays."""
+    residual = 2.0 * rank_tokens(workload, layouts) * model.hidden * model.streams / shard(layouts)
+    kept = sum(_dense_bytes(block, model, workload, layouts) for block in layer.blocks)
     return np.where(layouts.recomputes("full"), residual, kept)
 
 
-def _block_bytes(block: Block, model: Model, workload: Workload, layouts: Layouts) -> Any:
+def routed_activation_bytes(layer: Layer, model: Model, workload: Workload, layouts: Layouts) -> Any:
+    """Saved bytes of routed experts, [n]."""
+    kept = sum((_routed_bytes(b, model, workload, layouts) for b in layer.blocks if isinstance(b, Moe)), 0.0 * layouts.cp)
+    return np.where(layouts.recomputes("full") | layouts.recomputes("moe"), 0.0, kept)
+
+
+def _dense_bytes(block: Block, model: Model, workload: Workload, layouts: Layouts) -> Any:
     tokens, sharded = rank_tokens(workload, layouts), shard(layouts)
     saved = workload.precision.quantized_bytes
     again = layouts.recomputes("layernorm") & separate_norm(block)
     norm_output = np.where(again, 0.0, saved) * tokens * model.hidden / sharded
-    norms = 2.0 * tokens * model.hidden / sharded + norm_output
+    norms = 2.0 * tokens * model.hidden * model.streams / sharded + norm_output
     match block:
         case Attention():
             return norms + _attention_bytes(block, saved, tokens, layouts)
@@ -62,7 +73,8 @@ def _block_bytes(block: Block, model: Model, workload: Workload, layouts: Layout
             kept = _feed_forward_bytes(block.width, block.gated, saved) * tokens / layouts.tp
             return norms + np.where(layouts.recomputes("mlp"), 0.0, kept)
         case Moe():
-            return norms + _moe_bytes(block, model, workload, layouts)
+            shared = _feed_forward_bytes(block.shared_width, block.gated, saved) * tokens / layouts.tp
+            return norms + np.where(layouts.recomputes("shared_experts") | layouts.recomputes("moe"), 0.0, shared)
         case _:
             # State-space and linear attention keep their projections' outputs twice (before and after the convolution).
             projected = sum(w.out for w in block_weights(block, model.hidden) if w.gemm and w.inp == model.hidden)
@@ -83,7 +95,7 @@ def _core_bytes(heads: int, v_dim: int, saved: float, tokens: Any, layouts: Layo
 def _latent_bytes(block: LatentAttention, saved: float, tokens: Any, layouts: Layouts) -> Any:
     sharded = shard(layouts)
     down = ((2.0 + saved) * (block.q_rank + block.kv_rank) + 2.0 * block.rope_dim) * tokens / sharded
-    up = 2.0 * block.heads * (2 * (block.nope_dim + block.rope_dim) + block.v_dim) * tokens / layouts.tp
+    up = 2.0 * (block.query_size + block.key_value_size) * tokens / layouts.tp
     core = _core_bytes(block.heads, block.v_dim, saved, tokens, layouts) / layouts.tp
     return down + np.where(layouts.recomputes("mla_up_proj"), 0.0, up) + core
 
@@ -93,7 +105,7 @@ def _feed_forward_bytes(width: int, gated: bool, saved: float) -> float:
     return (4.0 if gated else 2.0) * width + saved * width
 
 
-def _moe_bytes(block: Moe, model: Model, workload: Workload, layouts: Layouts) -> Any:
+def _routed_bytes(block: Moe, model: Model, workload: Workload, layouts: Layouts) -> Any:
     tokens, saved = rank_tokens(workload, layouts), workload.precision.quantized_bytes
     rows, inner = routed_rows(block, workload, layouts), block.latent or model.hidden
     # Dispatched rows as input of the first expert matrix, and the experts' output before it is weighted and combined.
@@ -101,22 +113,29 @@ def _moe_bytes(block: Moe, model: Model, workload: Workload, layouts: Layouts) -
     fc1 = (4.0 if block.gated else 2.0) * rows * block.width / layouts.etp
     act = np.where(layouts.recomputes("moe_act"), 0.0, saved * rows * block.width / layouts.etp)
     router = 8.0 * (block.experts + block.zero_experts) * tokens / shard(layouts)
-    shared = _feed_forward_bytes(block.shared_width, block.gated, saved) * tokens / layouts.tp
-    shared = np.where(layouts.recomputes("shared_experts"), 0.0, shared)
-    return np.where(layouts.recomputes("moe"), 0.0, dispatched + fc1 + act + router + shared)
+    return dispatched + fc1 + act + router
 
 
-def working_set_bytes(layer: Layer, model: Model, workload: Workload, layouts: Layouts) -> Any:
-    """Temporary bytes of the backward pass of one layer: gradients of its widest block's input and hidden, [n]."""
+def dense_working_bytes(layer: Layer, model: Model, workload: Workload, layouts: Layouts) -> Any:
+    """Temporary bytes in the backward of the widest dense block: gradients of its input and hidden, [n]."""
     tokens = rank_tokens(workload, layouts)
-    widest: Any = 0.0
+    widest: Any = 0.0 * tokens
     for block in layer.blocks:
-        if isinstance(block, Moe):
-            rows = routed_rows(block, workload, layouts)
-            need = 4.0 * rows * (block.latent or model.hidden) + 4.0 * rows * block.width / layouts.etp
-        elif isinstance(block, Mlp):
+        if isinstance(block, Mlp):
             need = 4.0 * tokens * model.hidden + 4.0 * tokens * block.width / layouts.tp
+        elif isinstance(block, Moe):
+            continue
         else:
             need = 8.0 * tokens * model.hidden / layouts.tp
         widest = np.maximum(widest, need)
+    return widest
+
+
+def routed_working_bytes(layer: Layer, model: Model, workload: Workload, layouts: Layouts) -> Any:
+    """Temporary bytes in the backward of routed experts, [n]."""
+    widest: Any = 0.0 * layouts.cp
+    for block in layer.blocks:
+        if isinstance(block, Moe):
+            rows = routed_rows(block, workload, layouts)
+            widest = np.maximum(widest, 4.0 * rows * (block.latent or model.hidden) + 4.0 * rows * block.width / layouts.etp)
     return widest

@@ -71,8 +71,7 @@ def all_to_all_s(profile: Profile, scale_out_bytes: Any, scale_up_bytes: Any, wh
     return np.where(where.domains > 1, np.maximum(inside, outside), inside)
 
 
-def send_s(profile: Profile, message_bytes: Any, stride: Any) -> Any:
-    """Seconds to send `message_bytes` to the rank `stride` away."""
-    inside = np.asarray(stride) < profile.cluster.domain_gpus
-    rate = np.where(inside, profile.scale_up_bytes_per_s, profile.scale_out_bytes_per_s)
+def send_s(profile: Profile, message_bytes: Any, *, inside: bool) -> Any:
+    """Seconds to send `message_bytes` to one rank, inside a scale-up domain or across."""
+    rate = profile.scale_up_bytes_per_s if inside else profile.scale_out_bytes_per_s
     return profile.scale_out_latency_s + message_bytes / rate

@@ -94,7 +94,8 @@ def expert_exchange_s(block: Moe, model: Model, profile: Profile, workload: Work
     both = group(profile, layouts.ep * layouts.etp, 1)
     everywhere = 2.0 * tokens * inner * layouts.ep * layouts.etp
     gathered = all_gather_s(profile, everywhere, both) + reduce_scatter_s(profile, everywhere, both)
-    seconds = np.where(layouts.dispatches_with("allgather"), gathered, alltoall)
+    gathers = layouts.dispatches_with("allgather")  # over all ep * etp ranks at once
+    seconds = np.where(gathers, gathered, alltoall)
     for library in ("deepep", "hybridep"):
         fast = profile.dispatch_s(library, token_bytes * once.scale_up, token_bytes * once.scale_out, tokens)
         seconds = np.where(layouts.dispatches_with(library), fast, seconds)
@@ -102,5 +103,5 @@ def expert_exchange_s(block: Moe, model: Model, profile: Profile, workload: Work
     rows = 2.0 * tokens * topk * inner * layouts.etp * workload.imbalance
     lanes = group(profile, layouts.etp, 1)
     sharded = all_gather_s(profile, rows, lanes) + reduce_scatter_s(profile, rows, lanes)
-    seconds = seconds * (layouts.ep > 1) + np.where(layouts.dispatches_with("allgather"), 0.0, sharded) * (layouts.etp > 1)
+    seconds = seconds * (gathers | (layouts.ep > 1)) + np.where(gathers, 0.0, sharded) * (layouts.etp > 1)
     return seconds * (layouts.ep * layouts.etp > 1)

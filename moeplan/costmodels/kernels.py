@@ -60,7 +60,7 @@ def dense_times(block: Block, model: Model, profile: Profile, workload: Workload
     for weight in block_weights(block, model.hidden):
         if weight.gemm and not weight.shard.is_expert and not _is_routing(weight):
             out.add(name, *dense_gemm_s(weight, tokens, profile, workload.precision.gemm, layouts))
-    traffic = NORM_BYTES * model.hidden * tokens / shard(layouts)
+    traffic = NORM_BYTES * model.hidden * model.streams * tokens / shard(layouts)
     match block:
         case Attention() | LatentAttention():
             _add_attention(out, block, profile, workload, layouts, tokens)
@@ -108,7 +108,7 @@ def dense_gemm_s(weight: Weight, tokens: Any, profile: Profile, gemm: str, layou
 def _projected(block: Attention | LatentAttention) -> int:
     """Query, key and value elements of a token."""
     if isinstance(block, LatentAttention):
-        return block.heads * (2 * (block.nope_dim + block.rope_dim) + block.v_dim)
+        return block.query_size + block.key_value_size
     return block.heads * block.head_dim + block.kv_heads * (block.head_dim + block.v_head_dim)
 
 

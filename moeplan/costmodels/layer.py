@@ -1,15 +1,14 @@
 """Time of one layer for one micro-batch: device work, exposed communication, recompute and host launches.
 
-Forward and backward of a layer are the sums of their blocks' parts. A recompute module adds the forward of its parts to the
-backward. Where launching the kernels takes the host about as long as running them, the pass takes
-(device^3 + host^3)^(1/3): launches run ahead of the device unless the two are close. What a block costs depends on few fields
-of a layout, and what routed experts cost only on the tokens of a rank, not on how tp, cp and micro-batch make them; each part
-is computed on its distinct inputs and gathered. Units: seconds, [n].
+A layer is its dense part (projections, attention, dense and shared feed-forward) and the routed experts of its MoE blocks.
+They depend on different fields of a layout: routed experts see only the tokens of a rank, however tp, cp and micro-batch make
+them (`fold`). A recompute module adds the forward of its parts to the backward. Where launching the kernels of a block takes
+the host about as long as running them, a pass takes (device^3 + host^3)^(1/3): launches run ahead of the device unless the two
+are close. Parts are forward plus backward. Units: seconds, [n].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,26 +19,15 @@ from moeplan.costmodels.constants import HOST
 from moeplan.costmodels.counts import block_weights
 from moeplan.costmodels.exchange import context_exchange, expert_exchange, tensor_exchange
 from moeplan.costmodels.kernels import PassTimes, dense_gemm_s, dense_times, routed_times
-from moeplan.costmodels.layout import Layouts
+from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layouts, mask_of
 from moeplan.costmodels.model import Attention, Block, LatentAttention, Layer, Mlp, Model, Moe
 from moeplan.costmodels.workload import Workload
 from moeplan.profiles.profile import Profile
 
 DENSE_FIELDS = ("tp", "cp", "micro_batch", "sequence_parallel", "recompute", "tp_overlap", "cuda_graphs")
-"""What the dense part of a block depends on."""
+"""What the dense part of a layer depends on."""
 ROUTED_FIELDS = ("cp", "micro_batch", "ep", "etp", "recompute", "dispatcher", "ep_overlap", "cuda_graphs")
-"""What routed experts depend on, once tp and cp are folded into the tokens of a rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTime:
-    """Seconds of one layer and micro-batch, [n]."""
-
-    parts: dict[str, Any]
-    """Forward plus backward seconds by part; sums to `forward + backward`."""
-    forward: Any
-    backward: Any
-    """With what is recomputed."""
+"""What routed experts depend on in folded layouts."""
 
 
 @dataclass(slots=True)
@@ -53,67 +41,74 @@ class _Share:
     """Kernels that the host launches in the forward."""
 
 
-def layer_time(layer: Layer, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> LayerTime:
-    """Time of `layer` under every layout."""
-    times, again, launches = PassTimes(), np.zeros(len(layouts)), np.zeros(len(layouts))
-    folded = _folded(layouts)
-    for block in layer.blocks:
-        for share in _shares(block, model, profile, workload, layouts, folded):
-            times.merge(share.times)
-            again = again + share.again
-            launches = launches + share.launches
-    full = layouts.recomputes("full")
-    forward_device, backward_device = sum(times.forward.values()), sum(times.backward.values())
-    again = np.where(full, forward_device, again)
-    parts = {name: times.forward[name] + times.backward[name] for name in times.forward}
-    parts["recompute"] = again
-    host = launches * workload.era.host_s_per_kernel[profile.cluster.device.host]
-    forward, extra_forward = _with_host(forward_device, host)
-    backward, extra_backward = _with_host(backward_device + again, (HOST.backward + np.where(full, 1.0, 0.0)) * host)
-    parts["host launches"] = extra_forward + extra_backward
-    return LayerTime(parts, forward, backward)
+_INSIDE_EXPERTS = mask_of(["moe_act", "moe", "full"], RECOMPUTE_MODULES)
+"""Recompute modules that touch routed experts."""
+_INSIDE_EXPERTS_ONLY = mask_of(["moe_act"], RECOMPUTE_MODULES)
 
 
-def _shares(
-    block: Block, model: Model, profile: Profile, workload: Workload, layouts: Layouts, folded: Layouts
-) -> list[_Share]:
-    """The dense part of a block, and its routed part if it has one."""
-    dense = _on_distinct(layouts, DENSE_FIELDS, lambda keys: _dense_share(block, model, profile, workload, keys))
-    if not isinstance(block, Moe):
-        return [dense]
-    return [dense, _on_distinct(folded, ROUTED_FIELDS, lambda keys: _routed_share(block, model, profile, workload, keys))]
+def fold(layouts: Layouts) -> Layouts:
+    """Layouts as routed experts see them: tp = 1 and the same tokens per rank, cp taking tp's share of the sequence.
 
-
-def _folded(layouts: Layouts) -> Layouts:
-    """Layouts with tp = 1 and the same tokens per rank: cp takes tp's share of the sequence, reduced by the micro-batch."""
+    The micro-batch and cp are reduced by their common divisor, and recompute is reduced to what touches routed experts, so that
+    few layouts remain distinct.
+    """
     ways = layouts.cp * shard(layouts)
     common = np.gcd(ways, layouts.micro_batch)
     ones = np.ones(len(layouts), np.int64)
     return layouts.with_columns(
-        tp=ones, cp=ways // common, micro_batch=layouts.micro_batch // common, sequence_parallel=ones > 1
+        tp=ones,
+        cp=ways // common,
+        micro_batch=layouts.micro_batch // common,
+        sequence_parallel=ones > 1,
+        recompute=layouts.recompute & _INSIDE_EXPERTS,
     )
 
 
-def _on_distinct(layouts: Layouts, fields: tuple[str, ...], price: Callable[[Layouts], _Share]) -> _Share:
-    """`price` on the layouts that differ in `fields`, gathered for every layout."""
-    keys, of_row = layouts.distinct(*fields)
-    if len(keys) == len(layouts):
-        return price(layouts)
-    share = price(keys)
-
-    def gather(values: Any) -> Any:
-        return np.broadcast_to(values, len(keys))[of_row]
-
-    times = PassTimes(
-        {name: gather(v) for name, v in share.times.forward.items()},
-        {name: gather(v) for name, v in share.times.backward.items()},
-    )
-    return _Share(times, gather(share.again), gather(share.launches))
+def without_experts(layouts: Layouts) -> Layouts:
+    """Layouts as dense parts see them: recompute without what only touches routed experts."""
+    return layouts.with_columns(recompute=layouts.recompute & ~_INSIDE_EXPERTS_ONLY)
 
 
-def _with_host(device: Any, host: Any) -> tuple[Any, Any]:
-    joined = (device**HOST.sharpness + host**HOST.sharpness) ** (1.0 / HOST.sharpness)
-    return joined, joined - device
+def dense_part(layer: Layer, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> dict[str, Any]:
+    """Everything of `layer` but its routed experts, by part."""
+    parts: dict[str, Any] = {}
+    for block in layer.blocks:
+        _add(parts, _dense_share(block, model, profile, workload, layouts), profile, workload, layouts)
+    return parts
+
+
+def routed_part(layer: Layer, model: Model, profile: Profile, workload: Workload, folded: Layouts) -> dict[str, Any]:
+    """Routed experts of `layer` under folded layouts, by part; empty for a dense layer."""
+    parts: dict[str, Any] = {}
+    for block in layer.blocks:
+        if isinstance(block, Moe):
+            _add(parts, _routed_share(block, model, profile, workload, folded), profile, workload, folded)
+    return parts
+
+
+def layer_time(layer: Layer, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> dict[str, Any]:
+    """Seconds of `layer` and one micro-batch under every layout, by part."""
+    parts = dense_part(layer, model, profile, workload, layouts)
+    for name, seconds in routed_part(layer, model, profile, workload, fold(layouts)).items():
+        parts[name] = parts.get(name, 0.0) + seconds
+    return parts
+
+
+def _add(parts: dict[str, Any], share: _Share, profile: Profile, workload: Workload, layouts: Layouts) -> None:
+    """Add a share: its own parts, what it recomputes, and the launches that its device time does not hide."""
+    full = layouts.recomputes("full")
+    forward, backward = sum(share.times.forward.values()), sum(share.times.backward.values())
+    again = np.where(full, forward, share.again)
+    host = share.launches * workload.era.host_s_per_kernel[profile.cluster.device.host]
+    visible = _visible_host(forward, host) + _visible_host(backward + again, (HOST.backward + np.where(full, 1.0, 0.0)) * host)
+    own = {name: share.times.forward[name] + share.times.backward[name] for name in share.times.forward}
+    for name, seconds in {**own, "recompute": again, "host launches": visible}.items():
+        parts[name] = parts.get(name, 0.0) + seconds
+
+
+def _visible_host(device: Any, host: Any) -> Any:
+    """Seconds by which launching lengthens a pass."""
+    return (device**HOST.sharpness + host**HOST.sharpness) ** (1.0 / HOST.sharpness) - device
 
 
 def _dense_share(block: Block, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> _Share:

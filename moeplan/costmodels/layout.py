@@ -118,16 +118,6 @@ def _known(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
             raise LayoutError(f"unknown {kind} '{name}'", hint=f"one of {', '.join(known)}")
 
 
-def _places(column: Ints, size: int) -> tuple[Ints, Ints]:
-    """The values that occur in `column`, all below `size`, and a table from value to its place among them."""
-    seen = np.zeros(size, np.bool_)
-    seen[column] = True
-    values = np.flatnonzero(seen)
-    lookup = np.empty(size, np.int64)
-    lookup[values] = np.arange(len(values))
-    return values, lookup
-
-
 def mask_of(names: Iterable[str], known: Sequence[str]) -> int:
     """Bit mask of `names`: bit i stands for `known[i]`."""
     return sum(1 << known.index(n) for n in set(names))
@@ -182,7 +172,8 @@ class Layouts:
 
     def dispatches_with(self, *names: str) -> Bools:
         """Whether each layout uses one of the named dispatchers, [n]."""
-        return np.isin(self.dispatcher, [DISPATCHERS.index(n) for n in names])
+        wanted = sum(1 << DISPATCHERS.index(n) for n in names)
+        return (wanted >> self.dispatcher & 1).astype(bool)
 
     def shards_as(self, name: str) -> Bools:
         """Whether each layout shards as named, [n]."""
@@ -198,28 +189,8 @@ class Layouts:
         return dataclasses.replace(self, **columns)
 
     def distinct(self, *names: str) -> tuple[Layouts, Ints]:
-        """The layouts that differ in the named columns, and for every row its place among them.
-
-        Columns hold small non-negative integers, so a combination is a number in a mixed radix; tables of what occurs replace
-        a sort. Costs that depend on few columns are computed on the few distinct layouts and gathered.
-        """
-        code, size = np.zeros(len(self), np.int64), 1
-        for name in names:
-            column = getattr(self, name).astype(np.int64, copy=False)
-            most = int(column.max(initial=0))
-            if most == int(column.min(initial=most)):
-                continue
-            places = _places(column, most + 1)
-            size *= len(places[0])
-            code = code * len(places[0]) + places[1][column]
-        if size <= 8 * len(self) + 4096:
-            occurring, lookup = _places(code, size)
-            of_row = lookup[code]
-            first = np.empty(len(occurring), np.int64)
-            first[of_row[::-1]] = np.arange(len(self) - 1, -1, -1)
-        else:
-            _, first, of_row = np.unique(code, return_index=True, return_inverse=True)
-        return self.take(first), of_row
+        """The layouts that differ in the named columns, and for every row its place among them."""
+        return Codes(self).distinct(*names)
 
     def row(self, i: int) -> Layout:
         """The layout at place `i`, with names again."""
@@ -250,3 +221,68 @@ class Layouts:
             for name, values in columns.items()
         }
         return cls(**arrays, stages=stages)
+
+
+class Codes:
+    """Columns of many layouts as codes of the values that occur, made once for each column.
+
+    Columns hold small non-negative integers, so tables of what occurs replace sorting, and a combination of columns is a number
+    in a mixed radix. Costs that depend on few columns are computed on the few distinct layouts and gathered.
+    """
+
+    def __init__(self, layouts: Layouts, known: Codes | None = None, changed: tuple[str, ...] = ()) -> None:
+        """`known`: codes of other layouts that differ from these in the columns `changed` only."""
+        self.layouts = layouts
+        shared = {} if known is None else known._codes
+        self._codes: dict[str, tuple[Any, int]] = {name: code for name, code in shared.items() if name not in changed}
+
+    def column(self, name: str, rows: Any = slice(None)) -> Any:
+        """The values of a column at `rows`; one number where all layouts have the same."""
+        codes, count = self._code(name)
+        values = getattr(self.layouts, name)
+        return values[0] if codes is None and count else values[rows]
+
+    def distinct(self, *names: str) -> tuple[Layouts, Ints]:
+        """The layouts that differ in the named columns, and for every row its place among them."""
+        code: Any = None
+        size = 1
+        for name in names:
+            codes, count = self._code(name)
+            if codes is None:
+                continue
+            size *= count
+            kind: Any = np.int32 if size < 2**31 else np.int64
+            code = codes if code is None else code.astype(kind, copy=False) * kind(count) + codes
+        n = len(self.layouts)
+        if code is None:
+            return self.layouts.take(slice(0, min(n, 1))), np.zeros(n, np.int64)
+        if size <= 8 * n + 4096:
+            occurring, lookup = _places(code, size)
+            of_row = lookup[code]
+            first = np.empty(len(occurring), np.int64)
+            first[of_row[::-1]] = np.arange(n - 1, -1, -1)
+        else:
+            _, first, of_row = np.unique(code, return_index=True, return_inverse=True)
+        return self.layouts.take(first), of_row
+
+    def _code(self, name: str) -> tuple[Any, int]:
+        """Codes of a column and their number; no codes where all values are the same."""
+        if name not in self._codes:
+            column = getattr(self.layouts, name).astype(np.int64, copy=False)
+            most = int(column.max(initial=0))
+            if not len(column) or most == int(column.min()):
+                self._codes[name] = (None, min(1, len(column)))
+            else:
+                values, lookup = _places(column, most + 1)
+                self._codes[name] = (lookup.astype(np.int32)[column], len(values))
+        return self._codes[name]
+
+
+def _places(column: Any, size: int) -> tuple[Ints, Ints]:
+    """The values that occur in `column`, all below `size`, and a table from value to its place among them."""
+    seen = np.zeros(size, np.bool_)
+    seen[column] = True
+    values = np.flatnonzero(seen)
+    lookup = np.empty(size, np.int64)
+    lookup[values] = np.arange(len(values))
+    return values, lookup

@@ -9,13 +9,21 @@ together; their sum is what the framework's allocator reports as peak allocated.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moeplan.costmodels.activations import layer_activation_bytes, rank_tokens, shard, working_set_bytes
+from moeplan.costmodels.activations import (
+    dense_activation_bytes,
+    dense_working_bytes,
+    rank_tokens,
+    routed_activation_bytes,
+    routed_working_bytes,
+    shard,
+)  # fmt: skip
 from moeplan.costmodels.constants import MEMORY
 from moeplan.costmodels.counts import Weight, layer_weights
 from moeplan.costmodels.layout import Layouts
@@ -28,7 +36,7 @@ from moeplan.costmodels.megatron_counts import (
     prediction_held,
 )
 from moeplan.costmodels.model import Model
-from moeplan.costmodels.stages import StageTable
+from moeplan.costmodels.stages import Ranks
 from moeplan.costmodels.workload import Workload
 from moeplan.profiles.hardware import Device
 
@@ -43,16 +51,18 @@ class StageParameters:
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:
-    """Bytes of one micro-batch, [n] each."""
+    """Bytes of one micro-batch in one part of the layers (dense or routed), [n] each."""
 
     kinds: list[Any]
     """Saved by one layer of each kind."""
     mtp: Any
     """Saved by one prediction layer."""
-    logits: Any
-    """Held for a moment by the stage with the head."""
     working: Any
     """Held for a moment in the backward of the widest layer."""
+    whole: Any
+    """What a fully recomputed layer holds beside that while its backward runs."""
+    logits: Any
+    """Held for a moment by the stage with the head (dense part only)."""
 
 
 def micro_batches(workload: Workload, layouts: Layouts) -> Any:
@@ -67,53 +77,80 @@ def in_flight(pp: Any, vpp: Any, rank: Any, batches: Any) -> Any:
     return np.minimum(np.where(vpp > 1, interleaved, plain), batches)
 
 
-def stage_parameters(model: Model, layouts: Layouts, table: StageTable) -> StageParameters:
-    """Parameters held by the binding ranks of every layout, [K, n]."""
-    keys, of_row = layouts.distinct("tp", "ep", "etp")
-    rows = table.of_row
-    dense: Any = 0.0
-    expert: Any = 0.0
-    for k, kind in enumerate(model.kinds):
-        held = layer_held(kind, model, keys.tp, keys.ep, keys.etp)
-        count = table.kinds[k][:, rows]
-        dense = dense + count * held.dense[of_row]
-        if kind.is_moe:
-            expert = expert + count * held.expert[of_row]
-    embedding, head = embedding_held(model, keys.tp).dense[of_row], head_held(model, keys.tp).dense[of_row]
-    first, last = table.embedding[:, rows], table.head[:, rows]
-    tied_here = first * last if model.tied else 0.0  # one stage holds both: the tied matrix exists once
-    dense = dense + first * embedding + last * (head + final_norm_held(model).dense) - tied_here * head
-    if model.mtp:
-        held = prediction_held(model, keys.tp, keys.ep, keys.etp)
-        holds = table.mtp[:, rows] / len(model.mtp)
-        # Prediction layers bring a copy of the embedding unless their rank holds it anyway.
-        dense = dense + holds * (held.dense[of_row] + (1.0 - first) * embedding)
-        expert = expert + holds * held.expert[of_row]
-    return StageParameters(dense, expert + 0.0 * dense)
+@dataclass(frozen=True, slots=True)
+class UnitParameters:
+    """Parameters that one rank holds of everything a stage can hold, [units, n]; see `rank_counts` for the units."""
+
+    dense: Any
+    expert: Any
 
 
-def state_bytes(model: Model, device: Device, workload: Workload, layouts: Layouts, held: StageParameters) -> dict[str, Any]:
-    """Bytes of weights, gradients and optimizer states of a rank that holds `held`, by part, [K, n]."""
+def unit_parameters(model: Model, layouts: Layouts) -> UnitParameters:
+    """Parameters of a layer of each kind, of the embedding, of the head, of the final norm and of all prediction layers."""
+    degrees = layouts.tp, layouts.ep, layouts.etp
+    held = [layer_held(kind, model, *degrees) for kind in model.kinds]
+    held += [embedding_held(model, layouts.tp), head_held(model, layouts.tp), final_norm_held(model)]
+    held += [prediction_held(model, *degrees)] if model.mtp else []
+    shape = (len(layouts),)
+    return UnitParameters(
+        np.stack([np.broadcast_to(np.asarray(h.dense, np.float64), shape) for h in held]),
+        np.stack([np.broadcast_to(np.asarray(h.expert, np.float64), shape) for h in held]),
+    )
+
+
+def rank_counts(model: Model, ranks: Ranks) -> Any:
+    """How many of each unit the given pipeline ranks hold, [K, units]."""
+    # One stage that holds both ends of a tied model holds their matrix once.
+    both = ranks.embedding * ranks.head if model.tied else 0.0 * ranks.head
+    holds = np.minimum(ranks.mtp, 1.0)
+    # Prediction layers bring a copy of the embedding unless their rank holds it anyway.
+    embeddings = ranks.embedding + holds * (1.0 - ranks.embedding)
+    columns = [*ranks.kinds.T, embeddings, ranks.head - both, ranks.head, *([holds] if model.mtp else [])]
+    return np.stack(columns, axis=1)
+
+
+def rank_parameters(model: Model, ranks: Ranks, units: UnitParameters) -> StageParameters:
+    """Parameters held by the given pipeline ranks, [K, n]."""
+    counts = rank_counts(model, ranks)
+    return StageParameters(counts @ units.dense, counts @ units.expert)
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes that one parameter costs a rank, by part, [n]."""
+
+    dense: dict[str, Any]
+    expert: dict[str, Any]
+
+    def of(self, held: StageParameters) -> dict[str, Any]:
+        """Bytes of all parameters of a rank by part."""
+        return {name: self.dense[name] * held.dense + self.expert[name] * held.expert for name in self.dense}
+
+
+def state_bytes(model: Model, device: Device, workload: Workload, layouts: Layouts) -> StateBytes:
+    """Bytes of weights, gradients and optimizer states for each dense and each expert parameter that a rank holds, [n]."""
     fsdp, ddp = layouts.shards_as("fsdp"), layouts.shards_as("ddp")
-    dense_shards, expert_shards = layouts.dp * layouts.cp, layouts.edp
     weight, gradient = workload.precision.weight_bytes(device), float(workload.gradient_bytes)
     states = (4.0 + 2.0 * workload.moment_bytes) * (1.0 - layouts.optimizer_offload)
     # FSDP keeps weights and gradients sharded, and two gathered layers at a time.
-    kept = held.dense / np.where(fsdp, dense_shards, 1) + held.expert / np.where(fsdp, expert_shards, 1)
-    gathered = np.where(fsdp, 2.0 * (held.dense + held.expert) / np.maximum(len(model.layers) / layouts.pp, 1.0), 0.0)
-    sharded = held.dense / np.where(ddp, 1, dense_shards) + held.expert / np.where(ddp, 1, expert_shards)
-    return {
-        "weights": weight * kept,
-        "gathered weights": weight * gathered,
-        "gradients": gradient * kept,
-        "optimizer states": states * sharded,
-        "wgrad buffers": np.where(fsdp, 0.0, _dummy_gradients(model, layouts)) + 0.0 * kept,
-    }
+    gathered = np.where(fsdp, 2.0 * weight / np.maximum(len(model.layers) / layouts.pp, 1.0), 0.0)
+
+    def each(shards: Any) -> dict[str, Any]:
+        kept = 1.0 / np.where(fsdp, shards, 1)
+        return {
+            "weights": weight * kept,
+            "gathered weights": gathered,
+            "gradients": gradient * kept,
+            "optimizer states": states / np.where(ddp, 1, shards),
+        }
+
+    return StateBytes(dense=each(layouts.dp * layouts.cp), expert=each(layouts.edp))
 
 
 def least_state_bytes(model: Model, device: Device, workload: Workload, layouts: Layouts) -> Any:
     """A lower bound on the peak of the fullest rank, [n]: states of the layers spread evenly over pp."""
-    return sum(state_bytes(model, device, workload, layouts, mean_parameters(model, layouts)).values())
+    states = state_bytes(model, device, workload, layouts).of(mean_parameters(model, layouts))
+    return sum(states.values()) + gradient_buffers(model, layouts)
 
 
 def mean_parameters(model: Model, layouts: Layouts) -> StageParameters:
@@ -128,35 +165,44 @@ def mean_parameters(model: Model, layouts: Layouts) -> StageParameters:
     return StageParameters(np.asarray(dense)[of_row] / layouts.pp, np.asarray(expert)[of_row] / layouts.pp)
 
 
-def layer_memory(model: Model, workload: Workload, layouts: Layouts) -> LayerMemory:
-    """Bytes that one micro-batch keeps or needs for a moment, by what causes them, [n]."""
+def dense_memory(model: Model, workload: Workload, layouts: Layouts) -> LayerMemory:
+    """What one micro-batch keeps or needs for a moment outside routed experts, [n]."""
     tokens = rank_tokens(workload, layouts)
-    kinds = [layer_activation_bytes(kind, model, workload, layouts) for kind in model.kinds]
+    kinds = [dense_activation_bytes(kind, model, workload, layouts) for kind in model.kinds]
     mtp: Any = 0.0 * tokens
     if model.mtp:
-        layers = sum(layer_activation_bytes(x, model, workload, layouts) for x in model.mtp) / len(model.mtp)
+        layers = sum(dense_activation_bytes(x, model, workload, layouts) for x in model.mtp) / len(model.mtp)
         mtp = layers + 4.0 * tokens * model.hidden / shard(layouts)
     vocab = padded_vocab(model, layouts.tp) / layouts.tp
     logits = MEMORY.logits * tokens * vocab + (MEMORY.head_gradient * vocab + MEMORY.head_input * tokens) * model.hidden
-    working: Any = 0.0
-    for kind, kept in zip(model.kinds, kinds, strict=True):
-        need = working_set_bytes(kind, model, workload, layouts)
-        # A fully recomputed layer is whole again while its backward runs.
-        full = layouts.recomputes("full")
-        if full.any():
-            whole = layer_activation_bytes(kind, model, workload, layouts.with_columns(recompute=0 * layouts.recompute))
-            need = need + np.where(full, np.maximum(whole - kept, 0.0), 0.0)
-        working = np.maximum(working, need)
-    return LayerMemory(kinds, mtp, logits, working)
+    working = _most(dense_working_bytes(kind, model, workload, layouts) for kind in model.kinds)
+    plain = layouts.with_columns(recompute=0 * layouts.recompute)
+    whole = _most(dense_activation_bytes(kind, model, workload, plain) for kind in model.kinds)
+    return LayerMemory(kinds, mtp, working, np.where(layouts.recomputes("full"), whole, 0.0), logits)
 
 
-def _dummy_gradients(model: Model, layouts: Layouts) -> Any:
+def routed_memory(model: Model, workload: Workload, layouts: Layouts) -> LayerMemory:
+    """What routed experts keep or need for a moment under folded layouts, [n]."""
+    kinds = [routed_activation_bytes(kind, model, workload, layouts) for kind in model.kinds]
+    none: Any = np.zeros(len(layouts))
+    mtp = sum((routed_activation_bytes(x, model, workload, layouts) for x in model.mtp), none) / max(1, len(model.mtp))
+    working = _most(routed_working_bytes(kind, model, workload, layouts) for kind in model.kinds)
+    plain = layouts.with_columns(recompute=0 * layouts.recompute)
+    whole = _most(routed_activation_bytes(kind, model, workload, plain) for kind in model.kinds)
+    return LayerMemory(kinds, mtp, working, np.where(layouts.recomputes("full"), whole, 0.0), none)
+
+
+def _most(values: Iterable[Any]) -> Any:
+    return functools.reduce(np.maximum, values)
+
+
+def gradient_buffers(model: Model, layouts: Layouts) -> Any:
     """Bytes of the bf16 buffers that gradient-accumulation fusion keeps, one for every distinct weight shape, [n]."""
     shapes = {(w.out, w.inp, w.shard) for w in _gemm_weights(model)}
     total: Any = 0.0 * layouts.tp
     for out, inp, cut in shapes:
         total = total + float(out * inp) / (layouts.etp if cut.is_expert else layouts.tp if cut.is_cut else 1)
-    return MEMORY.dummy_gradient * total
+    return np.where(layouts.shards_as("fsdp"), 0.0, MEMORY.dummy_gradient * total)
 
 
 def _gemm_weights(model: Model) -> Iterable[Weight]:

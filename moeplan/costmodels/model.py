@@ -103,6 +103,16 @@ class LatentAttention:
     def __post_init__(self) -> None:
         _positive(self, "heads", "kv_rank", "nope_dim", "v_dim")
 
+    @property
+    def query_size(self) -> int:
+        """Elements of a token's queries."""
+        return self.heads * (self.nope_dim + self.rope_dim)
+
+    @property
+    def key_value_size(self) -> int:
+        """Elements of a token's keys and values as attention reads them: for each head, or the shared latent if compressed."""
+        return self.kv_rank if self.compression else self.heads * (self.nope_dim + self.rope_dim + self.v_dim)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearAttention:

@@ -1,9 +1,10 @@
 """Price of layouts: step time and peak memory together, for one layout or for millions.
 
-A layout's price depends on few combinations of its fields: what a layer costs on one group of fields, how parameters are spread
-on another. `Pricing` computes those on the distinct combinations and gathers them for every row, block by block, so that the
-working columns stay in cache. The same code with `detail` gives every named part. Arrays over layouts are [n]; over the
-pipeline ranks that can bind, [K, n].
+A layout's price depends on few combinations of its fields: what layers cost on some, how parameters are spread on others.
+`Pricing` computes those on the distinct combinations and gathers them. Layouts of one pipeline split are priced together, in
+blocks that stay in cache, rank by rank for the few ranks that can be slowest or fullest. `step_cost` and `peak_memory` keep
+every named part, `step_seconds` and `peak_bytes` only their sums.
+Arrays over layouts are [n]; over pipeline ranks [K, n].
 """
 
 from __future__ import annotations
@@ -17,186 +18,368 @@ import numpy as np
 
 from moeplan.costmodels.breakdown import Breakdown
 from moeplan.costmodels.constants import STEP
-from moeplan.costmodels.layout import Layouts
+from moeplan.costmodels.layer import DENSE_FIELDS, ROUTED_FIELDS, fold, without_experts
+from moeplan.costmodels.layout import SHARDINGS, Codes, Layouts
 from moeplan.costmodels.memory import (
     LayerMemory,
     StageParameters,
+    StateBytes,
+    UnitParameters,
+    dense_memory,
+    gradient_buffers,
     in_flight,
-    layer_memory,
     micro_batches,
-    stage_parameters,
+    rank_parameters,
+    routed_memory,
     state_bytes,
-)
+    unit_parameters,
+)  # fmt: skip
 from moeplan.costmodels.model import Model
-from moeplan.costmodels.stages import stage_table
+from moeplan.costmodels.stages import Ranks, all_ranks, binding_ranks
 from moeplan.costmodels.step import (
     DataParallelTime,
     UnitTime,
     data_parallel_exposed_s,
     data_parallel_times,
-    sends_s,
+    dense_group,
+    expert_group,
+    send_times,
+    sends_exposed_s,
     unit_times,
-)
+)  # fmt: skip
 from moeplan.costmodels.workload import Workload
 from moeplan.profiles.profile import Profile
 
-LAYER_FIELDS = (
-    "tp", "cp", "ep", "etp", "micro_batch", "sequence_parallel", "recompute",
-    "dispatcher", "ep_overlap", "tp_overlap", "cuda_graphs",
-)  # fmt: skip
-"""What time and memory of a layer depend on."""
-GRID_FIELDS = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp", "split", "sharding")
-"""What the spread of parameters depends on (with the optimizer's offload)."""
-BLOCK = 8192
+SPLIT_FIELDS = ("pp", "vpp", "split")
+"""What says which layers stand on which rank."""
+DENSE_SPREAD = (*SPLIT_FIELDS, "tp", "cp", "dp", "sharding")
+"""What the exchange of dense parameters depends on (with the optimizer's offload)."""
+EXPERT_SPREAD = (*SPLIT_FIELDS, "ep", "etp", "edp", "sharding")
+"""What the exchange of expert parameters depends on."""
+STATE_FIELDS = ("pp", "tp", "cp", "dp", "etp", "edp", "sharding")
+"""What the bytes of a parameter depend on."""
+BLOCK = 16384
 """Rows priced at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds of a step by part."""
+    """Seconds of a step."""
 
     time: Breakdown
     """Parts, [n]; layer parts are those of the slowest stage, for all its micro-batches."""
     stage_s: Any
-    """Seconds of one micro-batch on every binding rank, [K, n]."""
+    """Seconds of one micro-batch on every rank looked at, [K, n]."""
 
 
-def step_cost(model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> StepCost:
+def step_cost(model: Model, profile: Profile, workload: Workload, layouts: Layouts, *, every_rank: bool = False) -> StepCost:
     """Step time of every layout with all its parts."""
-    return Pricing(model, profile, workload, layouts, detail=True).step()
+    return Pricing(model, profile, workload, layouts, every_rank=every_rank).step_cost()
 
 
 def peak_memory(model: Model, profile: Profile, workload: Workload, layouts: Layouts, *, every_rank: bool = False) -> Breakdown:
-    """Peak allocated bytes by part, [K, n], of the ranks that can bind, or of `every_rank` (layouts of one split only)."""
-    return Pricing(model, profile, workload, layouts, detail=True, every_rank=every_rank).memory()
+    """Peak allocated bytes by part, [K, n], of the ranks that can bind, or of `every_rank`; short splits repeat their first."""
+    return Pricing(model, profile, workload, layouts, every_rank=every_rank).peak_memory()
 
 
 class Pricing:
-    """Tables for pricing `layouts`, made when first needed; `step` and `memory` price rows from them."""
+    """Tables for pricing `layouts`, made when first needed."""
 
     def __init__(
-        self,
-        model: Model,
-        profile: Profile,
-        workload: Workload,
-        layouts: Layouts,
-        *,
-        detail: bool = False,
-        every_rank: bool = False,
+        self, model: Model, profile: Profile, workload: Workload, layouts: Layouts, *, every_rank: bool = False
     ) -> None:
         self.model, self.profile, self.workload, self.layouts = model, profile, workload, layouts
-        self.detail = detail
-        offloads = layouts.optimizer_offload.any()
-        self.keys, self.key_of_row = layouts.distinct(*LAYER_FIELDS)
-        grid = layouts.distinct(*GRID_FIELDS) if not offloads else (layouts, np.arange(len(layouts)))
-        self.grids, self.grid_of_row = grid
-        self.table = stage_table(model, self.grids, every_rank=every_rank)
-        self.held_by_unit = [*self.table.kinds, self.table.head, *([self.table.mtp] if model.mtp else [])]
-
-    def step(self, rows: slice = slice(None)) -> StepCost:
-        """Step time of the given rows."""
-        layouts, key, grid, split = self._columns(rows)
-        batches = micro_batches(self.workload, layouts)
-        held = [_gather(h, split) for h in self.held_by_unit]
-        # 1. seconds of one micro-batch on every binding rank, [K, n], and on all ranks together, [n]
-        stage: Any = 0.0
-        whole: Any = 0.0
-        for unit, total, count in zip(self._units, self._unit_totals, held, strict=True):
-            seconds = _gather(total, key)
-            stage = stage + count * seconds
-            whole = whole + unit.count * seconds
-        longest = stage.max(axis=0)
-        # 2. the slowest rank's work for all micro-batches, and the others' filling and draining
-        parts: dict[str, Any] = {}
-        if self.detail:
-            slowest = stage.argmax(axis=0)[None]
-            for unit, count in zip(self._units, held, strict=True):
-                mine = np.take_along_axis(count, slowest, axis=0)[0]
-                for name, seconds in unit.parts.items():
-                    path = f"{unit.name}/{name}"
-                    parts[path] = parts.get(path, 0.0) + batches * mine * _gather(np.broadcast_to(seconds, len(self.keys)), key)
-        else:
-            parts["layers"] = batches * longest
-        parts["pipeline bubble"] = np.maximum(whole - longest, 0.0) / layouts.vpp
-        parts["pipeline sends"] = sends_s(self.model, self.profile, self.workload, layouts, batches)
-        # 3. once a step: data parallelism, optimizer, overhead
-        spread = self._data_parallel
-        scatter, gathered = _gather(spread.scatter, grid), _gather(spread.gather, grid)
-        parts["data-parallel exchange"] = data_parallel_exposed_s(layouts, scatter, gathered, longest, batches)
-        parts["optimizer"] = _gather(spread.optimizer, grid)
-        parts["step overhead"] = np.full(len(layouts), STEP.overhead_s)
-        return StepCost(time=Breakdown(unit="seconds", parts=parts), stage_s=stage)
-
-    def memory(self, rows: slice = slice(None)) -> Breakdown:
-        """Peak allocated bytes of the given rows on every binding rank."""
-        layouts, key, grid, split = self._columns(rows)
-        kept = self._layer_memory
-        head, rank = _gather(self.table.head, split), _gather(self.table.rank, split)
-        saved: Any = 0.0
-        for count, each in zip(self.table.kinds, kept.kinds, strict=True):
-            saved = saved + _gather(count, split) * _gather(each, key)
-        if self.model.mtp:
-            saved = saved + _gather(self.table.mtp, split) * _gather(kept.mtp, key)
-        parts = {name: _gather(states, grid) for name, states in self._states.items()}
-        parts["activations"] = saved * in_flight(layouts.pp, layouts.vpp, rank, micro_batches(self.workload, layouts))
-        if self.detail:
-            parts["logits and loss"] = head * _gather(kept.logits, key)
-            parts["working set"] = np.where(head > 0, 0.0, _gather(kept.working, key))
-        else:
-            parts["momentary"] = np.where(head > 0, _gather(kept.logits, key), _gather(kept.working, key))
-        return Breakdown(unit="bytes", parts=parts)
+        self.every_rank = every_rank
+        self._codes = Codes(layouts)
+        dense = Codes(without_experts(layouts), self._codes, ("recompute",))
+        self._dense, self._dense_of_row = dense.distinct(*DENSE_FIELDS)
+        folded = Codes(fold(layouts), self._codes, ("tp", "cp", "micro_batch", "sequence_parallel", "recompute"))
+        self._routed, self._routed_of_row = folded.distinct(*ROUTED_FIELDS)
 
     def step_seconds(self) -> Any:
         """Step time of every row, [n]."""
-        return self._by_block(lambda rows: self.step(rows).time.total)
+        out = np.empty(len(self.layouts))
+        for group, rows in self._blocks():
+            out[rows] = sum(self._step(group, rows).values())
+        return out
 
     def peak_bytes(self) -> Any:
         """Peak allocation on the fullest rank of every row, [n]."""
-        return self._by_block(lambda rows: self.memory(rows).total.max(axis=0))
-
-    def _by_block(self, price: Any) -> Any:
         out = np.empty(len(self.layouts))
-        for rows in _blocks(len(out)):
-            out[rows] = price(rows)
+        for group, rows in self._blocks():
+            out[rows] = functools.reduce(np.maximum, (sum(parts.values()) for parts in self._memory(group, rows)))
         return out
 
-    def _columns(self, rows: slice) -> tuple[Layouts, Any, Any, Any]:
-        grid = self.grid_of_row[rows]
-        return self.layouts.take(rows), self.key_of_row[rows], grid, self.table.of_row[grid]
+    def whole_micro_batch_s(self) -> Any:
+        """Seconds of one micro-batch in all stages together, [n]."""
+        out = np.empty(len(self.layouts))
+        for start in range(0, len(out), BLOCK):
+            rows = slice(start, min(start + BLOCK, len(out)))
+            out[rows] = sum(u.count * s for u, s in zip(self._units, self._unit_seconds(rows), strict=True))
+        return out
+
+    def step_cost(self) -> StepCost:
+        """Step time of every row with all its parts."""
+        n = len(self.layouts)
+        parts: dict[str, Any] = {}
+        stage_s = np.empty((self._most_ranks, n))
+        for group, rows in self._blocks():
+            for name, seconds in self._step(group, rows, detail=True).items():
+                parts.setdefault(name, np.zeros(n))[rows] = seconds
+            stages = self._stage_seconds(group, rows)
+            for k in range(self._most_ranks):
+                stage_s[k, rows] = stages[k if k < len(stages) else 0]
+        return StepCost(time=Breakdown(unit="seconds", parts=parts), stage_s=stage_s)
+
+    def peak_memory(self) -> Breakdown:
+        """Peak allocated bytes of every row on every rank, by part."""
+        parts: dict[str, Any] = {}
+        for group, rows in self._blocks():
+            ranks = list(self._memory(group, rows, detail=True))
+            for k in range(self._most_ranks):
+                for name, value in ranks[k if k < len(ranks) else 0].items():
+                    parts.setdefault(name, np.zeros((self._most_ranks, len(self.layouts))))[k, rows] = value
+        return Breakdown(unit="bytes", parts=parts)
+
+    # -- one block of rows that share a split ----------------------------------------------------------------------------
+
+    def _step(self, group: int, rows: Any, *, detail: bool = False) -> dict[str, Any]:
+        """Seconds of a step by part, [n]; without `detail` all layers are one part."""
+        pp, vpp = self._degrees(group)
+        batches = self._batches[rows]
+        units = list(self._unit_seconds(rows))
+        # 1. seconds of one micro-batch on the slowest rank, and on all ranks together
+        stages = self._stage_seconds(group, rows, units)
+        longest = functools.reduce(np.maximum, stages)
+        whole = sum(u.count * s for u, s in zip(self._units, units, strict=True))
+        # 2. the slowest rank's work for all micro-batches, and the others' filling and draining
+        parts = self._layer_parts(group, rows, stages, batches) if detail else {"layers": batches * longest}
+        parts["pipeline bubble"] = np.maximum(whole - longest, 0.0) / vpp
+        dense_place, expert_place = self._dense_spread[1][rows], self._expert_spread[1][rows]
+        inside, across = (_gather(t, self._dense_of_row[rows]) for t in self._sends)
+        one = np.where(self._stage_in_domain[dense_place], inside, across) if pp > 1 else inside
+        parts["pipeline sends"] = sends_exposed_s(one, batches, pp, vpp)
+        # 3. once a step: data parallelism, optimizer, overhead
+        dense, expert = self._data_parallel
+        parts["data-parallel exchange"] = data_parallel_exposed_s(
+            dense.scatter[dense_place] + expert.scatter[expert_place],
+            dense.gather[dense_place] + expert.gather[expert_place],
+            longest,
+            batches,
+            overlap=self._codes.column("dp_overlap", rows),
+            fsdp=np.equal(self._codes.column("sharding", rows), SHARDINGS.index("fsdp")),
+        )
+        parts["optimizer"] = dense.optimizer[dense_place] + expert.optimizer[expert_place]
+        parts["step overhead"] = STEP.overhead_s
+        return parts
+
+    def _stage_seconds(self, group: int, rows: Any, units: list[Any] | None = None) -> list[Any]:
+        """Seconds of one micro-batch on each rank looked at, [n] each."""
+        units = list(self._unit_seconds(rows)) if units is None else units
+        return [sum(c * s for c, s in zip(counts, units, strict=True) if c) for counts in self._unit_counts(group)]
+
+    def _layer_parts(self, group: int, rows: Any, stages: list[Any], batches: Any) -> dict[str, Any]:
+        """Parts of the slowest rank's work for all micro-batches, [n] each."""
+        slowest = np.argmax(np.stack(np.broadcast_arrays(*stages)), axis=0)
+        counts = np.array(list(self._unit_counts(group)))
+        parts: dict[str, Any] = {}
+        for u, unit in enumerate(self._units):
+            mine = batches * counts[slowest, u]
+            for table, keys, place in (
+                (unit.dense, self._dense, self._dense_of_row),
+                (unit.routed, self._routed, self._routed_of_row),
+            ):
+                for name, seconds in table.items():
+                    path = f"{unit.name}/{name}"
+                    parts[path] = parts.get(path, 0.0) + mine * np.broadcast_to(seconds, len(keys))[place[rows]]
+        return parts
+
+    def _memory(self, group: int, rows: Any, *, detail: bool = False) -> Iterator[dict[str, Any]]:
+        """Peak bytes of each rank looked at by part, [n]; without `detail` in few parts."""
+        (pp, vpp), ranks, batches = self._degrees(group), self._ranks[group], self._batches[rows]
+        dense, routed = self._dense_of_row[rows], self._routed_of_row[rows]
+        one, two = self._dense_memory, self._routed_memory
+        saved = [_gather(kept, dense) for kept in one.kinds]
+        saved = [s + _gather(two.kinds[k], routed) if self.model.kinds[k].is_moe else s for k, s in enumerate(saved)]
+        predicted = _gather(one.mtp, dense) + _gather(two.mtp, routed) if self.model.mtp else 0.0
+        working = np.maximum(_gather(one.working, dense), _gather(two.working, routed))
+        if self._recomputes_layers:
+            working = working + _gather(one.whole, dense) + _gather(two.whole, routed)
+        held, place = self._parameters[group], self._held_of_row[rows]
+        each = [{n: _gather(v, self._states[1][rows]) for n, v in table.items()} for table in self._state_tables(detail)]
+        for k in range(len(ranks.rank)):
+            layers = sum(c * s for c, s in zip(ranks.kinds[k], saved, strict=True) if c) + ranks.mtp[k] * predicted
+            parameters = _gather(held.dense[k], place), _gather(held.expert[k], place)
+            parts = {n: each[0][n] * parameters[0] + each[1][n] * parameters[1] for n in each[0]}
+            parts["wgrad buffers"] = _gather(self._buffers, place)
+            parts["activations"] = layers * in_flight(pp, vpp, ranks.rank[k], batches)
+            if ranks.head[k]:
+                parts["logits and loss"] = _gather(one.logits, dense)
+            else:
+                parts["working set"] = working
+            yield parts
+
+    def _unit_seconds(self, rows: Any) -> Iterator[Any]:
+        """Seconds of one micro-batch in each unit, [n]."""
+        dense, routed = self._dense_of_row[rows], self._routed_of_row[rows]
+        for one, two in self._unit_totals:
+            yield _gather(one, dense) if two is None else _gather(one, dense) + _gather(two, routed)
+
+    def _state_tables(self, detail: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Bytes of a dense and of an expert parameter, by part or in one sum."""
+        return (self._states[0].dense, self._states[0].expert) if detail else self._state_sums
+
+    def _unit_counts(self, group: int) -> Iterator[list[float]]:
+        """How many of each unit every rank looked at holds."""
+        ranks = self._ranks[group]
+        for k in range(len(ranks.rank)):
+            yield [*ranks.kinds[k].tolist(), float(ranks.head[k]), *([float(ranks.mtp[k])] if self.model.mtp else [])]
+
+    # -- tables, made when first needed ----------------------------------------------------------------------------------
+
+    def _blocks(self) -> Iterator[tuple[int, Any]]:
+        """Groups of rows that share a split, in blocks: the place of the split, and rows as slice or indices."""
+        splits, of_row = self._splits
+        if len(splits) == 1:
+            order: Any = None
+            ends = [len(of_row)]
+        else:
+            order = np.argsort(of_row.astype(np.int16 if len(splits) < 2**15 else np.int64), kind="stable")
+            ends = np.cumsum(np.bincount(of_row, minlength=len(splits))).tolist()
+        start = 0
+        for group, end in enumerate(ends):
+            for a in range(start, end, BLOCK):
+                rows = slice(a, min(a + BLOCK, end))
+                yield group, rows if order is None else order[rows]
+            start = end
+
+    @functools.cached_property
+    def _splits(self) -> tuple[Layouts, Any]:
+        return self._codes.distinct(*SPLIT_FIELDS)
+
+    def _degrees(self, group: int) -> tuple[int, int]:
+        splits = self._splits[0]
+        return int(splits.pp[group]), int(splits.vpp[group])
+
+    @functools.cached_property
+    def _ranks(self) -> list[Ranks]:
+        splits = self._splits[0]
+        choose = all_ranks if self.every_rank else binding_ranks
+        texts = [splits.stages[int(s)] for s in splits.split]
+        return [choose(self.model, *self._degrees(g), text) for g, text in enumerate(texts)]
+
+    @functools.cached_property
+    def _batches(self) -> Any:
+        return micro_batches(self.workload, self.layouts)
+
+    @functools.cached_property
+    def _most_ranks(self) -> int:
+        return max((len(r.rank) for r in self._ranks), default=1)
 
     @functools.cached_property
     def _units(self) -> list[UnitTime]:
-        return unit_times(self.model, self.profile, self.workload, self.keys)
+        return unit_times(self.model, self.profile, self.workload, self._dense, self._routed)
 
     @functools.cached_property
-    def _unit_totals(self) -> list[Any]:
-        return [np.broadcast_to(sum(unit.parts.values()), len(self.keys)) for unit in self._units]
+    def _unit_totals(self) -> list[tuple[Any, Any]]:
+        """All parts of a unit together, dense and routed (None where it has no experts)."""
+        return [
+            (
+                np.broadcast_to(sum(u.dense.values()), len(self._dense)),
+                np.broadcast_to(sum(u.routed.values()), len(self._routed)) if u.routed else None,
+            )
+            for u in self._units
+        ]
 
     @functools.cached_property
-    def _parameters(self) -> StageParameters:
-        return stage_parameters(self.model, self.grids, self.table)
+    def _sends(self) -> tuple[Any, Any]:
+        return send_times(self.model, self.profile, self.workload, self._dense)
 
     @functools.cached_property
-    def _states(self) -> dict[str, Any]:
-        parts = state_bytes(self.model, self.profile.cluster.device, self.workload, self.grids, self._parameters)
-        return parts if self.detail else {"states": sum(parts.values())}
+    def _dense_memory(self) -> LayerMemory:
+        return dense_memory(self.model, self.workload, self._dense)
 
     @functools.cached_property
-    def _layer_memory(self) -> LayerMemory:
-        return layer_memory(self.model, self.workload, self.keys)
+    def _routed_memory(self) -> LayerMemory:
+        return routed_memory(self.model, self.workload, self._routed)
 
     @functools.cached_property
-    def _data_parallel(self) -> DataParallelTime:
-        """Of the rank that holds the most of each kind of parameter."""
-        most = StageParameters(self._parameters.dense.max(axis=0), self._parameters.expert.max(axis=0))
-        return data_parallel_times(self.profile, self.workload, self.grids, most)
+    def _recomputes_layers(self) -> bool:
+        return bool(self._dense.recomputes("full").any())
+
+    @functools.cached_property
+    def _states(self) -> tuple[StateBytes, Any]:
+        """Bytes of each parameter on the distinct spreads, and every row's place among them."""
+        spread, of_row = self._distinct_with_offload(STATE_FIELDS)
+        return state_bytes(self.model, self.profile.cluster.device, self.workload, spread), of_row
+
+    @functools.cached_property
+    def _state_sums(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        states = self._states[0]
+        return {"states": sum(states.dense.values())}, {"states": sum(states.expert.values())}
+
+    @functools.cached_property
+    def _held(self) -> tuple[Layouts, Any]:
+        return self._codes.distinct("tp", "ep", "etp", "sharding")
+
+    @property
+    def _held_of_row(self) -> Any:
+        return self._held[1]
+
+    @functools.cached_property
+    def _parameters(self) -> list[StageParameters]:
+        """Parameters of the ranks looked at of every split, [K, distinct tp, ep, etp]."""
+        units = unit_parameters(self.model, self._held[0])
+        return [rank_parameters(self.model, ranks, units) for ranks in self._ranks]
+
+    @functools.cached_property
+    def _buffers(self) -> Any:
+        return gradient_buffers(self.model, self._held[0])
+
+    @functools.cached_property
+    def _dense_spread(self) -> tuple[Layouts, Any]:
+        return self._distinct_with_offload(DENSE_SPREAD)
+
+    @functools.cached_property
+    def _expert_spread(self) -> tuple[Layouts, Any]:
+        return self._distinct_with_offload(EXPERT_SPREAD)
+
+    def _distinct_with_offload(self, fields: tuple[str, ...]) -> tuple[Layouts, Any]:
+        """Distinct layouts of some fields; an optimizer offload is a fraction, so where there is any every row is its own."""
+        if self.layouts.optimizer_offload.any():
+            return self.layouts, np.arange(len(self.layouts))
+        return self._codes.distinct(*fields)
+
+    @functools.cached_property
+    def _stage_in_domain(self) -> Any:
+        """Whether the next pipeline rank stands in the same scale-up domain, on the distinct dense spreads."""
+        spread = self._dense_spread[0]
+        return spread.tp * spread.cp * spread.dp < self.profile.cluster.domain_gpus
+
+    @functools.cached_property
+    def _data_parallel(self) -> tuple[DataParallelTime, DataParallelTime]:
+        """Exchange and update of dense and of expert parameters, of the rank that holds most of each."""
+        dense, expert = self._dense_spread[0], self._expert_spread[0]
+        most_dense, most_expert = self._most(dense).dense, self._most(expert).expert
+        return (
+            data_parallel_times(self.profile, self.workload, dense, most_dense, dense_group(self.profile, dense)),
+            data_parallel_times(self.profile, self.workload, expert, most_expert, expert_group(self.profile, expert)),
+        )
+
+    def _most(self, spread: Layouts) -> StageParameters:
+        """Most dense and most expert parameters of any rank of each layout's split, [n]."""
+        keys, of_row = spread.distinct(*SPLIT_FIELDS, "tp", "ep", "etp")
+        dense, expert = np.empty(len(keys)), np.empty(len(keys))
+        units = unit_parameters(self.model, keys)
+        splits = self._splits[0]
+        for g in range(len(splits)):
+            rows = np.flatnonzero((keys.pp == splits.pp[g]) & (keys.vpp == splits.vpp[g]) & (keys.split == splits.split[g]))
+            some = UnitParameters(units.dense[:, rows], units.expert[:, rows])
+            held = rank_parameters(self.model, self._ranks[g], some)
+            dense[rows], expert[rows] = held.dense.max(axis=0), held.expert.max(axis=0)
+        return StageParameters(dense[of_row], expert[of_row])
 
 
 def _gather(values: Any, places: Any) -> Any:
     """`values` along the last axis at `places`."""
     return np.take(values, places, axis=-1, mode="clip")
-
-
-def _blocks(count: int) -> Iterator[slice]:
-    for start in range(0, count, BLOCK):
-        yield slice(start, min(start + BLOCK, count))

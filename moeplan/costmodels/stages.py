@@ -4,13 +4,14 @@ A split is text in Megatron's letters: E embedding, t decoder layer, m multi-tok
 "|" ends a chunk, "x*n" and "(...)*n" repeat. Chunk c runs on pipeline rank c mod pp as virtual stage c div pp. The empty text
 is the framework's even split. `balanced_split` is the contiguous split whose heaviest chunk has the least FLOP, filled from
 the end, so that the first stage, which holds the most micro-batches in flight, is the lightest of equals.
-`stage_table` reduces the ranks of many splits to the few that can bind.
+`binding_ranks` reduces the ranks of a split to the few that can be slowest or fullest.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -19,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.costmodels.counts import attention_flops_per_token, layer_weights, mtp_weights
-from moeplan.costmodels.layout import Ints, Layouts
 from moeplan.costmodels.model import Layer, Model
 from moeplan.errors import LayoutError
 
@@ -32,15 +32,12 @@ def parse_split(text: str) -> tuple[str, ...]:
     clean = text.replace(",", "")
     if not clean or re.search(r"[^EtmL|*()0-9]", clean):
         raise LayoutError(f"'{text}' is not a pipeline split", hint=example)
-    expanded = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: _repeat(m[1]) * int(m[2]), clean)
-    expanded = _repeat(expanded)
+    # brackets before letters, as in Megatron
+    expanded = re.sub(r"\(([^()]+)\)\*(\d+)", lambda m: m[1] * int(m[2]), clean)
+    expanded = re.sub(r"([EtmL|])\*(\d+)", lambda m: m[1] * int(m[2]), expanded)
     if re.search(r"[*()0-9]", expanded):
         raise LayoutError(f"'{text}' is not a pipeline split: a repeat or a bracket stands alone", hint=example)
     return tuple(expanded.split("|"))
-
-
-def _repeat(text: str) -> str:
-    return re.sub(r"([EtmL|])\*(\d+)", lambda m: m[1] * int(m[2]), text)
 
 
 def format_split(chunks: Sequence[str]) -> str:
@@ -61,15 +58,19 @@ def check_split(text: str, layers: int, mtp: int, pp: int, vpp: int) -> str | No
     """What is wrong with a split for a model of `layers` decoder and `mtp` prediction layers; None if nothing.
 
     The conditions are Megatron's: exactly one E first and one L last, every layer once, prediction layers together after all
-    decoder layers and on the last virtual stage of their rank.
+    decoder layers and on the last virtual stage of their rank. Megatron lets an empty chunk stand before E or after L, but
+    builds embedding and head on the outer chunks all the same; here that is refused.
     """
-    chunks = parse_split(text)
+    try:
+        chunks = parse_split(text)
+    except LayoutError as error:
+        return error.message
     letters = "".join(chunks)
     if len(chunks) != pp * vpp:
         return f"{len(chunks)} chunks, pp*vpp = {pp}*{vpp} = {pp * vpp} are needed"
-    if letters.count("E") != 1 or not letters.startswith("E"):
+    if letters.count("E") != 1 or not chunks[0].startswith("E"):
         return "it must start with the one E"
-    if letters.count("L") != 1 or not letters.endswith("L"):
+    if letters.count("L") != 1 or not chunks[-1].endswith("L"):
         return "it must end with the one L"
     if letters.count("t") != layers:
         return f"it places {letters.count('t')} decoder layers, the model has {layers}"
@@ -129,9 +130,8 @@ def _fill(prefix: list[float], tail: float, chunks: int, bound: float) -> list[i
     bare_first = chunks == end + 2
     for left in range(chunks - 1, -1, -1):
         room = bound * (1 + 1e-12) - (tail if not sizes else 0.0)
-        start = end
-        while start > max(left - bare_first, 0) and prefix[end] - prefix[start - 1] <= room:
-            start -= 1
+        # the first layer that still fits, leaving one layer for each chunk before
+        start = min(end, max(bisect_left(prefix, prefix[end] - room, 0, end + 1), left - bare_first, 0))
         if start == end and (room < 0 or (sizes and not (bare_first and left == 0))):
             return None
         sizes.append(end - start)
@@ -140,25 +140,19 @@ def _fill(prefix: list[float], tail: float, chunks: int, bound: float) -> list[i
 
 
 @dataclass(frozen=True, slots=True)
-class StageTable:
-    """The pipeline ranks that can bind, for U different splits; K is the largest number of them in one split.
+class Ranks:
+    """What pipeline ranks of one split hold; arrays over K ranks."""
 
-    Ranks that another rank dominates (it holds at least as much of everything and is not later) are left out. Rows are
-    padded with a copy of the first rank.
-    """
-
-    of_row: Ints
-    """For every layout its place among the U splits, [n]."""
+    rank: Floats
+    """Pipeline rank, [K]."""
     kinds: Floats
-    """Decoder layers of each kind, [kinds, K, U]."""
+    """Decoder layers of each kind, [K, kinds]."""
     embedding: Floats
-    """1 where the rank holds the embedding, [K, U]."""
+    """1 where the rank holds the embedding, [K]."""
     head: Floats
-    """1 where the rank holds the output head, [K, U]."""
+    """1 where the rank holds the output head, [K]."""
     mtp: Floats
-    """Prediction layers on the rank, [K, U]."""
-    rank: Ints
-    """Pipeline rank, [K, U]."""
+    """Prediction layers, [K]."""
 
 
 def chunk_letters(model: Model, pp: int, vpp: int, split: str) -> tuple[str, ...]:
@@ -190,39 +184,24 @@ def rank_contents(model: Model, pp: int, vpp: int, split: str) -> npt.NDArray[np
 
 
 @functools.lru_cache(maxsize=4096)
-def _binding_ranks(model: Model, pp: int, vpp: int, split: str) -> npt.NDArray[np.float64]:
-    """Rows of `rank_contents` that no earlier or equal rank dominates, with the rank as last column, [k, kinds + 4]."""
-    rows: list[npt.NDArray[np.float64]] = []
+def all_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
+    """Every rank of a split."""
+    return _ranks(model, [np.append(row, float(r)) for r, row in enumerate(rank_contents(model, pp, vpp, split))])
+
+
+@functools.lru_cache(maxsize=4096)
+def binding_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
+    """The ranks that can be slowest or fullest: those that no earlier rank dominates by holding at least as much of everything.
+
+    An earlier rank has more micro-batches in flight, so a dominated rank is neither slower nor fuller.
+    """
+    rows: list[Floats] = []
     for rank, content in enumerate(rank_contents(model, pp, vpp, split)):
         if not any((kept[:-1] >= content).all() for kept in rows):
             rows.append(np.append(content, float(rank)))
-    return np.stack(rows)
+    return _ranks(model, rows)
 
 
-def stage_table(model: Model, layouts: Layouts, *, every_rank: bool = False) -> StageTable:
-    """The binding ranks of every distinct split among `layouts`; with `every_rank` all ranks, of one split only."""
-    splits, of_row = layouts.distinct("pp", "vpp", "split")
-    if every_rank:
-        pp = int(splits.pp[0])
-        content = rank_contents(model, pp, int(splits.vpp[0]), layouts.stages[int(splits.split[0])])
-        ranks = [np.column_stack([content, np.arange(pp, dtype=np.float64)])]
-    else:
-        ranks = [
-            _binding_ranks(model, int(p), int(v), layouts.stages[int(s)])
-            for p, v, s in zip(splits.pp, splits.vpp, splits.split, strict=True)
-        ]
-    most = max((len(r) for r in ranks), default=1)
-    padded = np.zeros((len(ranks), most, len(model.kinds) + 4))
-    for u, rows in enumerate(ranks):
-        padded[u, : len(rows)] = rows
-        padded[u, len(rows) :] = rows[0]
-    columns = np.moveaxis(padded, (0, 1, 2), (2, 1, 0))  # [kinds + 4, K, U]
-    n = len(model.kinds)
-    return StageTable(
-        of_row=of_row,
-        kinds=np.ascontiguousarray(columns[:n]),
-        embedding=np.ascontiguousarray(columns[n]),
-        head=np.ascontiguousarray(columns[n + 1]),
-        mtp=np.ascontiguousarray(columns[n + 2]),
-        rank=columns[n + 3].astype(np.int64),
-    )
+def _ranks(model: Model, rows: list[Floats]) -> Ranks:
+    table, n = np.stack(rows), len(model.kinds)
+    return Ranks(rank=table[:, n + 3], kinds=table[:, :n], embedding=table[:, n], head=table[:, n + 1], mtp=table[:, n + 2])

@@ -20,10 +20,9 @@ from moeplan.costmodels.collectives import Group, all_gather_s, group, reduce_sc
 from moeplan.costmodels.constants import COMPUTE, OVERLAP, STEP
 from moeplan.costmodels.counts import mtp_weights
 from moeplan.costmodels.kernels import BACKWARD_TRAFFIC, dense_gemm_s
-from moeplan.costmodels.layer import LayerTime, layer_time
+from moeplan.costmodels.layer import dense_part, routed_part
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.megatron_counts import padded_vocab
-from moeplan.costmodels.memory import StageParameters
 from moeplan.costmodels.model import Model
 from moeplan.costmodels.workload import Workload
 from moeplan.profiles.profile import Profile
@@ -34,23 +33,29 @@ class UnitTime:
     """Seconds of one micro-batch in one thing that stages hold a number of: a layer kind, the head, a prediction layer."""
 
     name: str
-    parts: dict[str, Any]
-    """Forward plus backward by part, [n]."""
+    dense: dict[str, Any]
+    """Forward plus backward by part, on the distinct layouts of the dense fields."""
+    routed: dict[str, Any]
+    """The same for routed experts, on the distinct folded layouts; empty where there are none."""
     count: float
     """How many the whole pipeline holds."""
 
 
-def unit_times(model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> list[UnitTime]:
+def unit_times(model: Model, profile: Profile, workload: Workload, dense: Layouts, routed: Layouts) -> list[UnitTime]:
     """Layers by kind, then the head, then prediction layers (if the model has any)."""
-    times = {kind: layer_time(kind, model, profile, workload, layouts) for kind in dict.fromkeys((*model.kinds, *model.mtp))}
-    units = [UnitTime("layers", times[kind].parts, float(model.kind_of_layer.count(k))) for k, kind in enumerate(model.kinds)]
-    head = _head(model, profile, workload, layouts)
-    units.append(UnitTime("head", head, 1.0))
+    kinds = dict.fromkeys((*model.kinds, *model.mtp))
+    times = {
+        k: (dense_part(k, model, profile, workload, dense), routed_part(k, model, profile, workload, routed)) for k in kinds
+    }
+    units = [UnitTime("layers", *times[kind], float(model.kind_of_layer.count(k))) for k, kind in enumerate(model.kinds)]
+    head = _head(model, profile, workload, dense)
+    units.append(UnitTime("head", head, {}, 1.0))
     if model.mtp:
         depths = [times[x] for x in model.mtp]
-        units.append(
-            UnitTime("prediction", _prediction(model, profile, workload, layouts, depths, head), float(len(model.mtp)))
-        )
+        parts = _prediction(model, profile, workload, dense, head)
+        parts["layer"] = sum(sum(d.values()) for d, _ in depths) / len(depths)
+        experts = {"layer": sum(sum(r.values()) for _, r in depths) / len(depths)} if any(r for _, r in depths) else {}
+        units.append(UnitTime("prediction", parts, experts, float(len(model.mtp))))
     return units
 
 
@@ -63,24 +68,24 @@ def _head(model: Model, profile: Profile, workload: Workload, layouts: Layouts) 
     return {"output GEMM": product / COMPUTE.sustained, "loss": profile.stream_s(STEP.logit_bytes * tokens * vocab)}
 
 
-def _prediction(
-    model: Model, profile: Profile, workload: Workload, layouts: Layouts, depths: list[LayerTime], head: dict[str, Any]
-) -> dict[str, Any]:
-    """A prediction layer: its layer, its projection of 2 x hidden, and its own pass through the head."""
+def _prediction(model: Model, profile: Profile, workload: Workload, layouts: Layouts, head: dict[str, Any]) -> dict[str, Any]:
+    """What a prediction layer has beside its layer: a projection of 2 x hidden and its own pass through the head."""
     tokens = rank_tokens(workload, layouts)
     projection = next(w for w in mtp_weights(model) if w.gemm)
     forward, backward = dense_gemm_s(projection, tokens, profile, workload.precision.gemm, layouts)
     norms = profile.stream_s(12.0 * model.hidden * tokens / shard(layouts)) * (1 + BACKWARD_TRAFFIC)
-    layer = sum(t.forward + t.backward for t in depths) / len(depths)
-    return {"layer": layer, "projection": forward + backward + norms, "head": sum(head.values())}
+    return {"projection": forward + backward + norms, "head": sum(head.values())}
 
 
-def sends_s(model: Model, profile: Profile, workload: Workload, layouts: Layouts, batches: Any) -> Any:
-    """Exposed sends of activations and their gradients between stages, [n]."""
+def send_times(model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> tuple[Any, Any]:
+    """Seconds to send one micro-batch's activations to the next stage, inside a scale-up domain and across, [n] each."""
     message = 2.0 * rank_tokens(workload, layouts) * model.hidden / shard(layouts)
-    one = send_s(profile, message, layouts.tp * layouts.cp * layouts.dp)
-    steady = OVERLAP.send_exposed * batches * layouts.vpp
-    return np.where(layouts.pp > 1, 2.0 * one * (steady + layouts.pp - 1), 0.0)
+    return send_s(profile, message, inside=True), send_s(profile, message, inside=False)
+
+
+def sends_exposed_s(one_s: Any, batches: Any, pp: Any, vpp: Any) -> Any:
+    """Exposed sends of activations and their gradients, given one send: a share of the steady ones, and those of the fill."""
+    return np.where(pp > 1, 2.0 * one_s * (OVERLAP.send_exposed * batches * vpp + pp - 1), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,35 +100,46 @@ class DataParallelTime:
     """Update the rank's shard."""
 
 
-def data_parallel_times(profile: Profile, workload: Workload, layouts: Layouts, held: StageParameters) -> DataParallelTime:
-    """Gradient reduction, parameter gather and optimizer step of a rank that holds `held` parameters, [n]."""
-    dense_group = group(profile, layouts.dp * layouts.cp, layouts.tp)
-    expert_group = group(profile, layouts.edp, layouts.ep * layouts.etp)
+def data_parallel_times(
+    profile: Profile, workload: Workload, layouts: Layouts, parameters: Any, where: Group
+) -> DataParallelTime:
+    """Gradient reduction, parameter gather and optimizer step of `parameters` that a group of ranks shares, [n]."""
 
-    def both(collective: Callable[[Profile, Any, Group], Any], element_bytes: float) -> Any:
-        dense = np.where(dense_group.ranks > 1, collective(profile, element_bytes * held.dense, dense_group), 0.0)
-        return dense + np.where(expert_group.ranks > 1, collective(profile, element_bytes * held.expert, expert_group), 0.0)
+    def moved(collective: Callable[[Profile, Any, Group], Any], element_bytes: float) -> Any:
+        return np.where(where.ranks > 1, collective(profile, element_bytes * parameters, where), 0.0)
 
     weight = min(2.0, workload.precision.weight_bytes(profile.cluster.device))
-    ddp, offload = layouts.shards_as("ddp"), layouts.optimizer_offload
-    updated = held.dense / np.where(ddp, 1, layouts.dp * layouts.cp) + held.expert / np.where(ddp, 1, layouts.edp)
+    offload = layouts.optimizer_offload
+    updated = parameters / np.where(layouts.shards_as("ddp"), 1, where.ranks)
     on_device = profile.stream_s(STEP.optimizer_bytes * updated * (1.0 - offload))
     # An offloaded share moves its gradients down and its weights up.
     over_link = (workload.gradient_bytes + 2.0) * updated * offload / profile.cluster.pcie.bytes_per_s
     return DataParallelTime(
-        scatter=both(reduce_scatter_s, float(workload.gradient_bytes)),
-        gather=both(all_gather_s, weight),
+        scatter=moved(reduce_scatter_s, float(workload.gradient_bytes)),
+        gather=moved(all_gather_s, weight),
         optimizer=on_device + over_link,
     )
 
 
-def data_parallel_exposed_s(layouts: Layouts, scatter: Any, gather: Any, micro_batch_s: Any, batches: Any) -> Any:
+def dense_group(profile: Profile, layouts: Layouts) -> Group:
+    """Ranks that hold the same dense parameters."""
+    return group(profile, layouts.dp * layouts.cp, layouts.tp)
+
+
+def expert_group(profile: Profile, layouts: Layouts) -> Group:
+    """Ranks that hold the same experts."""
+    return group(profile, layouts.edp, layouts.ep * layouts.etp)
+
+
+def data_parallel_exposed_s(scatter: Any, gather: Any, micro_batch_s: Any, batches: Any, *, overlap: Any, fsdp: Any) -> Any:
     """What stays visible of gradient reduction and parameter gather, given one micro-batch's compute, [n]."""
-    backward, forward = micro_batch_s * 2.0 / 3.0, micro_batch_s / 3.0
-    hide = OVERLAP.data_hidden_compute * layouts.dp_overlap
+    backward, forward = micro_batch_s * (2.0 / 3.0), micro_batch_s * (1.0 / 3.0)
+    hide = OVERLAP.data_hidden_compute * overlap
     once = np.maximum(scatter - hide * backward, 0.0) + np.maximum(gather - hide * forward, 0.0)
     once = once + OVERLAP.data_exposed * (scatter + gather)
+    if not np.any(fsdp):
+        return once
     # FSDP gathers weights for forward and backward, and scatters gradients, in every micro-batch.
     each = 2.0 * gather + scatter
     sharded = np.maximum(each - OVERLAP.fsdp_hidden_compute * micro_batch_s, 0.0) + OVERLAP.data_exposed * each
-    return np.where(layouts.shards_as("fsdp"), batches * sharded, once)
+    return np.where(fsdp, batches * sharded, once)

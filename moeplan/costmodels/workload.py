@@ -8,6 +8,7 @@ no meaning.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,8 +153,10 @@ class Workload:
         for name in ("gradient_bytes", "moment_bytes"):
             if getattr(self, name) not in (2, 4):
                 raise ProblemError(f"{name}={getattr(self, name)} must be 2 (bf16) or 4 (fp32)")
-        if self.imbalance < 1.0:
+        if not 1.0 <= self.imbalance < math.inf:
             raise ProblemError(f"imbalance={self.imbalance} must be at least 1.0 (the most loaded rank over the mean)")
+        if not 0.0 <= self.capacity_factor < math.inf:
+            raise ProblemError(f"capacity_factor={self.capacity_factor} must be 0 (no token is dropped) or above")
 
     @property
     def tokens(self) -> int:

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from moeplan._version import VERSION
+from moeplan.costmodels.model import LatentAttention, Model
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.errors import ExportError, FileError
 from moeplan.exporters.megatron_model import Flag, hybrid_pattern, model_arguments
@@ -33,6 +34,11 @@ def arguments(plan: Plan) -> dict[str, list[Flag]]:
     if broken:
         rules = "; ".join(f"{v.rule}: {v}" for v in broken)
         raise ExportError(f"Megatron-LM {MEGATRON_CORE} refuses this plan: {rules}")
+    return write_arguments(plan)
+
+
+def write_arguments(plan: Plan) -> dict[str, list[Flag]]:
+    """The flags of a plan by section, of one that breaks rules too; `ExportError` for a model that Megatron lacks."""
     return {
         "parallel layout": _layout_flags(plan),
         "pipeline split": _split_flags(plan),
@@ -101,11 +107,13 @@ def _layout_flags(plan: Plan) -> list[Flag]:
         ("--tensor-model-parallel-size", str(x.tp)),
         ("--context-parallel-size", str(x.cp)),
         ("--pipeline-model-parallel-size", str(x.pp)),
+        ("--expert-model-parallel-size", str(x.ep)),
+        ("--expert-tensor-parallel-size", str(x.etp)),
     ]
     if x.sequence_parallel and x.tp > 1:
         flags.append(("--sequence-parallel",))
     if x.cp > 1:
-        flags.append(("--cp-comm-type", "p2p"))
+        flags.append(("--cp-comm-type", _context_exchange(plan.problem.model)))
     if x.tp_overlap:
         flags.append(("--tp-comm-overlap",))
     if x.sharding != "ddp":
@@ -121,6 +129,12 @@ def _layout_flags(plan: Plan) -> list[Flag]:
         if x.sharding != "ddp":
             flags.append(("--overlap-param-gather",))
     return flags
+
+
+def _context_exchange(model: Model) -> str:
+    """How context parallelism exchanges keys and values; sparse attention gathers them, all else takes them around a ring."""
+    sparse = any(isinstance(b, LatentAttention) and b.index_heads for b in model.blocks)
+    return "allgather" if sparse else "p2p"
 
 
 def _split_flags(plan: Plan) -> list[Flag]:
@@ -151,12 +165,7 @@ def _expert_flags(plan: Plan) -> list[Flag]:
     x, workload = plan.layout, plan.problem.workload
     if plan.problem.model.moe is None:
         return []
-    flags: list[Flag] = [
-        ("--expert-model-parallel-size", str(x.ep)),
-        ("--expert-tensor-parallel-size", str(x.etp)),
-        ("--moe-grouped-gemm",),
-        ("--moe-permute-fusion",),
-    ]
+    flags: list[Flag] = [("--moe-grouped-gemm",), ("--moe-permute-fusion",)]
     if x.dispatcher in ("deepep", "hybridep"):
         flags += [("--moe-token-dispatcher-type", "flex"), ("--moe-flex-dispatcher-backend", x.dispatcher)]
     else:

@@ -16,7 +16,8 @@ import numpy as np
 from moeplan.costmodels.constants import OVERLAP, STEP
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.memory import mean_parameters
-from moeplan.costmodels.step import data_parallel_times, unit_times
+from moeplan.costmodels.price import Pricing
+from moeplan.costmodels.step import data_parallel_times, dense_group, expert_group
 from moeplan.planner import space
 from moeplan.planner.problem import Problem
 
@@ -28,12 +29,15 @@ def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequenc
     model, profile, workload = problem.model, problem.profile, problem.workload
     keys, of_row = groups.distinct("tp", "cp", "ep", "etp", "sequence_parallel", "cuda_graphs")
     rows = space.cross(space.cross(keys, {"micro_batch": micro_batches}), _least_exposed(problem))
-    whole = sum(u.count * sum(u.parts.values()) for u in unit_times(model, profile, workload, rows))
+    whole = Pricing(model, profile, workload, rows).whole_micro_batch_s()
     per_sample: Any = np.asarray(whole / rows.micro_batch).reshape(len(keys), -1).min(axis=1)
     work = workload.global_batch / groups.dp * per_sample[of_row] / groups.pp
-    once = data_parallel_times(profile, workload, groups, mean_parameters(model, groups))
-    reduced = np.where(groups.shards_as("fsdp"), 0.0, OVERLAP.data_exposed * (once.scatter + once.gather))
-    bound: Any = work + reduced + once.optimizer + STEP.overhead_s
+    mean = mean_parameters(model, groups)
+    bound: Any = work + STEP.overhead_s
+    for parameters, where in ((mean.dense, dense_group(profile, groups)), (mean.expert, expert_group(profile, groups))):
+        once = data_parallel_times(profile, workload, groups, parameters, where)
+        reduced = np.where(groups.shards_as("fsdp"), 0.0, OVERLAP.data_exposed * (once.scatter + once.gather))
+        bound = bound + reduced + once.optimizer
     return bound
 
 

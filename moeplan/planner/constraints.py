@@ -120,6 +120,10 @@ def _quantized_ddp(p: Problem, x: Layouts) -> Any:
     return x.shards_as("ddp") & p.workload.precision.primary_quantized
 
 
+def _moments_ddp(p: Problem, x: Layouts) -> Any:
+    return x.shards_as("ddp") & (p.workload.moment_bytes == 2)
+
+
 def _offload_sharding(p: Problem, x: Layouts) -> Any:
     return (x.optimizer_offload > 0) & ~x.shards_as("optimizer")
 
@@ -211,10 +215,16 @@ def _graph_era(p: Problem, x: Layouts) -> Any:
 
 
 def _graph_scopes(p: Problem, x: Layouts) -> Any:
+    # In a hybrid with experts Megatron takes every feed-forward layer for one of experts.
+    dense = bool(_blocks(p.model, Mlp)) and not (p.model.is_hybrid and p.model.moe is not None)
     out = x.graphs("moe_preprocess") & ~x.graphs("moe_router")
-    out = out | x.graphs("moe") | x.graphs("mlp") & (not _blocks(p.model, Mlp))
+    out = out | x.graphs("moe") | x.graphs("mlp") & (not dense)
     out = out | (x.graphs("moe_router") | x.graphs("moe_preprocess")) & (p.model.moe is None)
     return out | x.graphs("full_iteration") & (x.cuda_graphs != mask_of(["full_iteration"], GRAPH_SCOPES))
+
+
+def _graph_capacity(p: Problem, x: Layouts) -> Any:
+    return x.graphs("moe_preprocess") & x.dispatches_with("alltoall") & (p.workload.capacity_factor > 0)
 
 
 def _overlap_graphs(p: Problem, x: Layouts) -> Any:
@@ -294,7 +304,12 @@ RULES: tuple[Rule, ...] = (
         lambda p, x: f"sharding 'ddp' with quantised weights of {p.workload.precision.name}", "use sharding=optimizer",
     ),
     Rule(
-        "offload-sharding", "degrees", "optimizer offload needs the distributed optimizer", _offload_sharding,
+        "moments-ddp", "degrees", "bf16 moments need the distributed optimizer or FSDP", _moments_ddp,
+        lambda p, x: f"sharding 'ddp' with moments of {p.workload.moment_bytes} bytes", "use sharding=optimizer",
+    ),
+    Rule(
+        "offload-sharding", "degrees", "optimizer offload needs the distributed optimizer (instead of FSDP: ours)",
+        _offload_sharding,
         lambda p, x: f"optimizer offload {x.optimizer_offload:g} with sharding '{x.sharding}'", "use sharding=optimizer",
     ),
     Rule(
@@ -318,7 +333,7 @@ RULES: tuple[Rule, ...] = (
         lambda p, x: f"vpp={x.vpp} with pp=1", "use vpp=1",
     ),
     Rule(
-        "pipeline-chunks", "chunks", "every chunk but the first and last holds a layer", _chunks,
+        "pipeline-chunks", "chunks", "there are at most two chunks more than layers (ours)", _chunks,
         lambda p, x: f"pp*vpp = {x.pp}*{x.vpp} = {x.pp * x.vpp} chunks for {len(p.model.layers)} layers",
     ),
     Rule(
@@ -355,6 +370,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "deepep-group", "features", "DeepEP needs etp * ep > 1", _deepep_group,
         lambda p, x: f"dispatcher 'deepep' with etp*ep = {x.etp}*{x.ep}", "use alltoall",
+    ),
+    Rule(
+        "graph-capacity", "features", "a graphed moe_preprocess with alltoall excludes a capacity factor", _graph_capacity,
+        lambda p, x: f"CUDA graphs over moe_preprocess with alltoall and capacity factor {p.workload.capacity_factor:g}",
     ),
     Rule(
         "overlap-experts", "features", "expert overlap needs ep > 1 and a dispatcher other than allgather", _overlap_experts,

@@ -112,8 +112,8 @@ def _price_group(members: list[tuple[int, Run]]) -> dict[int, PricedRun]:
         reason = str(error)
         return {i: PricedRun(id=run.id, status="unsupported", reason=reason) for i, run in members}
     layouts = Layouts.of([run.layout for _, run in members])
-    pricing = Pricing(first.model, profile, first.workload, layouts, detail=True)
-    step, peak = pricing.step().time, pricing.peak_bytes()
+    pricing = Pricing(first.model, profile, first.workload, layouts)
+    step, peak = pricing.step_cost().time, pricing.peak_bytes()
     low, high = interval(first.model, profile, step.total)
     out = {}
     for place, (i, run) in enumerate(members):

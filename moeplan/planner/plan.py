@@ -202,8 +202,8 @@ def price_plan(problem: Problem, layout: Layout, **more: Any) -> Plan:
     """The plan of one layout, with every stage priced; `more` are further fields of the plan."""
     one = Layouts.of([layout])
     parts = (problem.model, problem.profile, problem.workload, one)
-    pricing = Pricing(*parts, detail=True, every_rank=True)
-    cost, memory = pricing.step(), pricing.memory()
+    pricing = Pricing(*parts, every_rank=True)
+    cost, memory = pricing.step_cost(), pricing.peak_memory()
     chunks = chunk_letters(problem.model, layout.pp, layout.vpp, layout.stages)
     stages = tuple(
         StageMemory(

@@ -50,7 +50,11 @@ class Condition:
 
     def holds(self, layouts: Layouts) -> Any:
         """Whether each layout meets it, [n]."""
-        return _OPERATORS[self.operation](getattr(layouts, self.field), self.value)
+        return self.holds_for(getattr(layouts, self.field))
+
+    def holds_for(self, values: Any) -> Any:
+        """Whether values of its field meet it."""
+        return _OPERATORS[self.operation](values, self.value)
 
 
 def parse_condition(text: str) -> Condition:
@@ -135,6 +139,12 @@ class Problem:
     def excess_bytes(self, peak: Any) -> Any:
         """How far a peak allocation, with what must stay free beside it, exceeds the device; negative: it fits."""
         return peak + reserve_bytes(peak) - self.device_bytes
+
+    def allowed_values(self, field: str, values: Sequence[int]) -> list[int]:
+        """The values of one field that meet its pins and no forbidden condition on it."""
+        pins = [c for c in self.pins if c.field == field]
+        forbidden = [c for c in self.forbidden if c.field == field]
+        return [v for v in values if all(c.holds_for(v) for c in pins) and not any(c.holds_for(v) for c in forbidden)]
 
     def allows(self, layouts: Layouts, fields: Sequence[str] = FIELDS) -> Any:
         """Whether each layout meets all pins and no forbidden condition that speak of `fields`, [n]."""

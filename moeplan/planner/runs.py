@@ -2,8 +2,8 @@
 
 The columns are those of a table of published runs (docs/runs.md lists them). A blank cell takes a stated default and the row
 becomes `partial`; what cannot be priced is `unsupported` with the reason, never a guess. Defaults follow what the sources of
-such rows did: bf16 gradients in Megatron-Bridge recipes and fp32 elsewhere, interleaving over all layers of a stage where a
-pipelined run does not say, etp = tp before expert folding existed, the dispatcher of the software release.
+such rows did: bf16 gradients in Megatron-Bridge recipes and MLPerf, fp32 elsewhere, interleaving over all layers of a stage
+where a pipelined run does not say, etp = tp before expert folding existed, the dispatcher of the software release.
 """
 
 from __future__ import annotations
@@ -159,8 +159,9 @@ class _Reader:
             raise Unsupported(str(error)) from None
         if name.lower() == "fp8":
             self.remarks.append("precision: fp8 does not say how it scales, assumed per-tensor scaling")
-        bridge = "bridge" in self.row.get("source", "").lower() and "recipe" in self.other
-        gradient = 2 if bridge and "FP32" not in self.notes else 4
+        source = self.row.get("source", "").lower()
+        tuned = "mlperf" in source or "megatron-bridge" in source
+        gradient = 2 if tuned and "FP32" not in self.notes else 4
         moments = 2 if re.search(r"adam_moments=bfloat16|BF16 Adam moments", self.notes) else 4
         padded = re.search(r"rank_capacity_factor=([0-9.]+)", self.other)
         drop = re.search(r"capacity(?: factor)?[ =]+([0-9.]+)", self.other)

@@ -30,20 +30,21 @@ def divisors(n: int) -> list[int]:
 
 
 def degree_grid(problem: Problem) -> Layouts:
-    """Every pair of a dense and an expert grid over the GPUs; other fields at the values that a search starts from."""
+    """Every pair of a dense and an expert grid over the GPUs that pins and forbidden conditions on degrees leave.
+
+    Other fields have the values that a search starts from.
+    """
     world = problem.profile.cluster.gpus
-    dense, expert = [], []
     has_experts = problem.model.moe is not None
-    for pp in divisors(world):
+    columns = []
+    for pp in problem.allowed_values("pp", divisors(world)):
         stage = world // pp
-        pairs = [(a, b) for a in divisors(stage) for b in divisors(stage // a)]
-        # 1. (tp, cp) and (etp, ep) run over the same pairs; dense models have one trivial expert grid
-        for tp, cp in pairs:
-            for etp, ep in pairs if has_experts else [(1, 1)]:
-                dense.append((tp, cp, pp, stage // (tp * cp)))
-                expert.append((etp, ep, stage // (etp * ep)))
-    tp, cp, pp_, dp = np.array(dense, np.int64).T
-    etp, ep, edp = np.array(expert, np.int64).T
+        dense = _pairs(problem, stage, "tp", "cp", "dp")
+        expert = _pairs(problem, stage, "etp", "ep", "edp") if has_experts else np.array([[1, 1, stage]])
+        # every dense grid with every expert grid: [dense * expert]
+        left, right = np.repeat(dense, len(expert), axis=0), np.tile(expert, (len(dense), 1))
+        columns.append(np.column_stack([left, np.full(len(left), pp), right]))
+    tp, cp, dp, pp_, etp, ep, edp = np.concatenate([*columns, np.empty((0, 7), np.int64)]).astype(np.int64).T.copy()
     n = len(tp)
     no, yes, zero = np.zeros(n, np.bool_), np.ones(n, np.bool_), np.zeros(n, np.int64)
     return Layouts(
@@ -52,6 +53,17 @@ def degree_grid(problem: Problem) -> Layouts:
         dispatcher=zero + DISPATCHERS.index("alltoall" if has_experts else "none"),
         ep_overlap=no, tp_overlap=no, dp_overlap=yes, cuda_graphs=zero, optimizer_offload=np.zeros(n), split=zero,
     )  # fmt: skip
+
+
+def _pairs(problem: Problem, stage: int, first: str, second: str, rest: str) -> Any:
+    """All (first, second, rest) with first * second * rest = stage that conditions leave, [pairs, 3]."""
+    rows = [
+        (a, b, stage // (a * b))
+        for a in problem.allowed_values(first, divisors(stage))
+        for b in problem.allowed_values(second, divisors(stage // a))
+        if problem.allowed_values(rest, [stage // (a * b)])
+    ]
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def cross(layouts: Layouts, options: dict[str, Sequence[Any]]) -> Layouts:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from moeplan.errors import SchemaError, UnknownNameError
-from moeplan.records import from_mapping, load_yaml, plain
+from moeplan.records import from_mapping, load_yaml, parse_yaml, plain, read_text
 from moeplan.units import GB, TERA, US
 
-_CATALOG = Path(__file__).parent / "catalog"
+_SHIPPED = Path(__file__).parent / "catalog" / "curves.yaml"
 
 KNOT_BYTES = tuple(float(2**p) for p in (16, 18, 20, 22, 24, 26, 29))
 """The message sizes of a collective curve: 64 KiB to 64 MiB in steps of 4, and 512 MiB."""
@@ -378,20 +379,28 @@ def to_human(data: Any, scale: float = 1.0) -> Any:
     return int(value) if value.is_integer() else value
 
 
-def load_curves(path: Path | None = None) -> dict[str, DeviceCurves]:
+def load_curves(path: Path = _SHIPPED) -> dict[str, DeviceCurves]:
     """The curves of every device in a file, by default the shipped one."""
-    return _shipped() if path is None else _load(path)
-
-
-@functools.cache
-def _shipped() -> dict[str, DeviceCurves]:
-    return _load(_CATALOG / "curves.yaml")
-
-
-def _load(path: Path) -> dict[str, DeviceCurves]:
     where = f"curves '{path}'"
     data = load_yaml(path, "curves")
     devices = data.get("devices") if isinstance(data, Mapping) else None
     if not isinstance(devices, Mapping):
         raise SchemaError(f"{where}: no mapping of 'devices'")
     return {name: from_mapping(DeviceCurves, from_human(d), f"{where}, device '{name}'") for name, d in devices.items()}
+
+
+@functools.cache
+def device_curves(name: str) -> DeviceCurves | None:
+    """The shipped curves of one device, None if nothing was measured on it; only its part of the file is parsed."""
+    text = _device_texts().get(name)
+    if text is None:
+        return None
+    return from_mapping(DeviceCurves, from_human(parse_yaml(text, f"curves of {name}")), f"curves of {name}")
+
+
+@functools.cache
+def _device_texts() -> dict[str, str]:
+    """Text of every device in the shipped file, whose writer indents device names by two blanks."""
+    devices = read_text(_SHIPPED, "curves").partition("\ndevices:\n")[2]
+    words = re.split(r"^  (\S+):\n", devices, flags=re.MULTILINE)
+    return dict(zip(words[1::2], words[2::2], strict=True))

@@ -24,7 +24,7 @@ from moeplan.profiles.curves import (
     GemmCurve,
     GroupedGemmCurve,
     QuantizedGemmCurve,
-    load_curves,
+    device_curves,
 )  # fmt: skip
 from moeplan.profiles.hardware import Cluster, Link, load_cluster
 from moeplan.records import load_yaml
@@ -152,6 +152,13 @@ class Profile:
 
 def nominal(cluster: Cluster) -> Profile:
     """The profile that public measurements give for `cluster`."""
+    # Curves depend on device and links, not on the number of nodes: they are built once for clusters that differ in size only.
+    one_node = replace(cluster, name="", gpus=min(cluster.gpus, cluster.gpus_per_node), price_per_gpu_hour=0.0)
+    return replace(_built(one_node), cluster=cluster)
+
+
+@functools.lru_cache(maxsize=64)
+def _built(cluster: Cluster) -> Profile:
     return _Builder(cluster).build()
 
 
@@ -188,11 +195,11 @@ class _Builder:
             raise ClusterError(f"device '{self.device.name}' has neither measurements nor a measured relative")
         own = self.device.name.lower()
         self.precisions: dict[str, list[str]] = rules["precisions"]
-        self.sources = [self._source(name, rules["machines"], own) for name in [own, *chain] if name in load_curves()]
+        self.sources = [self._source(name, rules["machines"], own) for name in [own, *chain] if device_curves(name)]
 
     def _source(self, name: str, machines: Mapping[str, str], own: str) -> _Source:
-        there, curves = load_cluster(f"{machines.get(name, name)}x1"), load_curves()[name]
-        mine = load_curves().get(own, DeviceCurves())
+        there, curves = load_cluster(f"{machines.get(name, name)}x1"), device_curves(name) or DeviceCurves()
+        mine = device_curves(own) or DeviceCurves()
         return _Source(
             name=name,
             curves=curves,

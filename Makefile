@@ -1,0 +1,47 @@
+# make demo   create .venv, install, plan the example
+# make test   create .venv, check, run all tests
+# make check  linter and type checker
+# make bench  speed figures        make docs  regenerate the generated pages
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench docs clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(STAMP)
+
+$(VENV)/.demo: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --editable .
+	touch $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	rm -rf demo && mkdir demo
+	$(RUN)/moeplan solve --model deepseek-v3 --cluster h100x256 --global-batch 2048 --seq-len 4096 --precision fp8-cs -o demo/plan.yaml
+	$(RUN)/moeplan explain demo/plan.yaml
+	$(RUN)/moeplan export demo/plan.yaml --to megatron -d demo/launch
+
+test: check
+	$(RUN)/python -m pytest
+
+check: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+bench: $(STAMP)
+	$(RUN)/python -m benchmarks.speed.pricing
+	$(RUN)/python -m benchmarks.speed.commands
+
+docs: $(STAMP)
+	$(RUN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) .cache demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
