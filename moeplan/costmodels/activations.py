@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.costmodels.counts import block_weights
+from moeplan.costmodels.counts import scan_channels
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.model import Attention, Block, LatentAttention, Layer, Mlp, Model, Moe
 from moeplan.costmodels.routing import expert_rows
@@ -77,7 +77,7 @@ def _dense_bytes(block: Block, model: Model, workload: Workload, layouts: Layout
             return norms + np.where(layouts.recomputes("shared_experts") | layouts.recomputes("moe"), 0.0, shared)
         case _:
             # State-space and linear attention keep their projections' outputs twice (before and after the convolution).
-            projected = sum(w.out for w in block_weights(block, model.hidden) if w.gemm and w.inp == model.hidden)
+            projected = scan_channels(block, model.hidden)
             return norms + (2.0 * 2.0 * projected + saved * model.hidden) * tokens / layouts.tp
 
 

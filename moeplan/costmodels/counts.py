@@ -369,6 +369,11 @@ def attention_flops_per_token(block: Block, seq_len: float, *, causal: bool = Tr
             return 0.0
 
 
+def scan_channels(block: Block, hidden: int) -> int:
+    """Elements that a state-space or linear-attention block projects a token to, from the residual stream."""
+    return sum(w.out for w in block_weights(block, hidden) if w.gemm and w.inp == hidden and w.shard is not Shard.ROW)
+
+
 def flops_per_token(model: Model, seq_len: int, *, causal: bool = True, mtp: bool = True) -> float:
     """Training FLOP per token, forward and backward, without recompute; `causal` halves attention."""
     layers = [model.kinds[k] for k in model.kind_of_layer] + (list(model.mtp) if mtp else [])

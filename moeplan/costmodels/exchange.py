@@ -18,10 +18,13 @@ from moeplan.costmodels.collectives import all_gather_s, all_reduce_s, all_to_al
 from moeplan.costmodels.constants import OVERLAP
 from moeplan.costmodels.kernels import PassTimes
 from moeplan.costmodels.layout import Layouts
-from moeplan.costmodels.model import Attention, Block, LatentAttention, LinearAttention, Mamba, Model, Moe
+from moeplan.costmodels.model import Attention, Block, LatentAttention, Model, Moe
 from moeplan.costmodels.routing import all_to_all_copies, deduplicated_copies
 from moeplan.costmodels.workload import Workload
 from moeplan.profiles.profile import Profile
+
+RING_JOIN_BYTES = 10.0
+"""Bytes per output element to join one ring step: read its bf16 output, rescale and add to the fp32 sum (read and write)."""
 
 
 def tensor_exchange(block: Block, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:
@@ -51,25 +54,28 @@ def tensor_exchange(block: Block, model: Model, profile: Profile, workload: Work
 def context_exchange(
     block: Block, profile: Profile, workload: Workload, layouts: Layouts, core_forward: Any, core_backward: Any
 ) -> PassTimes:
-    """Exposed ring exchange of keys and values, given the attention core's own seconds that it hides behind."""
+    """What a ring costs beside the attention core, given the core's own seconds.
+
+    Each of cp - 1 further steps launches its kernels, joins its output to what is there, and waits for keys and values that the
+    step before did not hide.
+    """
     out = PassTimes()
     match block:
         case Attention():
             width: Any = np.maximum(block.kv_heads / layouts.tp, 1.0) * (block.head_dim + block.v_head_dim)
+            curve, joined = profile.attention(block.head_dim, block.v_head_dim), block.heads * block.v_head_dim
         case LatentAttention():
-            width = block.heads * (block.nope_dim + block.rope_dim + block.v_dim) / layouts.tp
-        case LinearAttention() | Mamba():
-            width = 0.0  # only the small recurrent state passes on
-        case _:
+            width = block.key_value_size / layouts.tp
+            curve, joined = profile.attention(block.nope_dim + block.rope_dim, block.v_dim), block.heads * block.v_dim
+        case _:  # linear attention and Mamba pass only a small recurrent state on
             return out
     where = group(profile, layouts.cp, layouts.tp)
     rate = np.where(where.domains > 1, profile.scale_out_bytes_per_s, profile.scale_up_bytes_per_s)
     step = 2.0 * rank_tokens(workload, layouts) * width / rate
-    # The last of cp steps has nothing left to fetch, and a step hides behind the attention of one block.
-    hidden = core_forward / layouts.cp
-    forward = (layouts.cp - 1) * np.maximum(step - hidden, 0.0)
-    backward = (layouts.cp - 1) * np.maximum(2.0 * step - core_backward / layouts.cp, 0.0)
-    out.add("context-parallel exchange", forward, backward)
+    join = curve.launch_s + profile.stream_s(RING_JOIN_BYTES * rank_tokens(workload, layouts) * joined / layouts.tp)
+    forward = join + np.maximum(step - core_forward / layouts.cp, 0.0)
+    backward = join + np.maximum(2.0 * step - core_backward / layouts.cp, 0.0)
+    out.add("context-parallel exchange", (layouts.cp - 1) * forward, (layouts.cp - 1) * backward)
     return out
 
 

@@ -275,6 +275,8 @@ class Keys:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             kind = "a positive whole number" if least else "a whole number that is not negative"
             raise ModelError(f"{self.where}: {_label(meaning)} '{name}' must be {kind}, found {value!r}")
+        if value > _MOST and meaning != "max_positions":  # tokenizers write 10^30 where they know no limit
+            raise ModelError(f"{self.where}: {_label(meaning)} '{name}' is {value:g}, more than the {_MOST} that are handled")
         return value
 
     def size(self, meaning: str, default: int | None = None) -> int:
@@ -318,6 +320,9 @@ class Keys:
         if text not in self.remarks:
             self.remarks.append(text)
 
+
+# Larger sizes are slips; products of two stay within 64-bit integers.
+_MOST = 1_000_000_000
 
 # Sizes that some families list by layer.
 _SIZES_BY_LAYER = ("heads", "kv_heads", "width", "experts", "experts_per_token", "expert_width", "shared_experts")

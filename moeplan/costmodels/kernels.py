@@ -14,7 +14,7 @@ import numpy as np
 
 from moeplan.costmodels.activations import rank_tokens, routed_rows, shard
 from moeplan.costmodels.constants import COMPUTE
-from moeplan.costmodels.counts import Shard, Weight, attention_flops_per_token, block_weights
+from moeplan.costmodels.counts import Shard, Weight, attention_flops_per_token, block_weights, scan_channels
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.model import Attention, Block, LatentAttention, LinearAttention, Mamba, Mlp, Model, Moe
 from moeplan.costmodels.workload import Workload
@@ -135,7 +135,7 @@ def _add_scan(
     layouts: Layouts,
     tokens: Any,
 ) -> None:
-    channels = sum(w.out for w in block_weights(block, model.hidden) if w.gemm and w.inp == model.hidden)
+    channels = scan_channels(block, model.hidden)
     flop = tokens * attention_flops_per_token(block, workload.seq_len) / layouts.tp
     moved = SCAN_PASSES * 2.0 * channels * tokens / layouts.tp
     forward = profile.stream_s(moved) + flop / profile.attention(128, 128).flop_per_s

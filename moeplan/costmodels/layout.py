@@ -33,6 +33,9 @@ DISPATCHERS = ("none", "allgather", "alltoall", "deepep", "hybridep")
 SHARDINGS = ("ddp", "optimizer", "fsdp")
 """What data parallelism shards: nothing, optimizer states (ZeRO-1), or weights, gradients and states (ZeRO-3)."""
 
+MOST = 1_000_000_000
+"""Larger degrees are taken for slips; products of two stay within 64-bit integers."""
+
 DEGREES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp", "edp")
 
 
@@ -84,6 +87,8 @@ class Layout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise LayoutError(f"{name}={value!r} must be a whole number of at least 1")
+            if value > MOST:
+                raise LayoutError(f"{name}={value} is more than the {MOST} that are handled")
         dense, expert = self.tp * self.cp * self.dp, self.etp * self.ep * self.edp
         if dense != expert:
             raise LayoutError(

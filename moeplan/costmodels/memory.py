@@ -102,10 +102,8 @@ def rank_counts(model: Model, ranks: Ranks) -> Any:
     """How many of each unit the given pipeline ranks hold, [K, units]."""
     # One stage that holds both ends of a tied model holds their matrix once.
     both = ranks.embedding * ranks.head if model.tied else 0.0 * ranks.head
-    holds = np.minimum(ranks.mtp, 1.0)
-    # Prediction layers bring a copy of the embedding unless their rank holds it anyway.
-    embeddings = ranks.embedding + holds * (1.0 - ranks.embedding)
-    columns = [*ranks.kinds.T, embeddings, ranks.head - both, ranks.head, *([holds] if model.mtp else [])]
+    predicts = [np.minimum(ranks.mtp, 1.0)] if model.mtp else []
+    columns = [*ranks.kinds.T, ranks.copies, ranks.head - both, ranks.norms, *predicts]
     return np.stack(columns, axis=1)
 
 
@@ -213,3 +211,8 @@ def _gemm_weights(model: Model) -> Iterable[Weight]:
 def reserve_bytes(peak: Any) -> Any:
     """Device bytes that must stay free beside a peak allocated of `peak`: context, communicators, fragmentation."""
     return MEMORY.context_bytes + MEMORY.communicator_bytes + MEMORY.fragmentation * peak
+
+
+def largest_peak_bytes(device_bytes: float) -> float:
+    """The peak allocated that, with what must stay free beside it, just fills `device_bytes`."""
+    return (device_bytes - MEMORY.context_bytes - MEMORY.communicator_bytes) / (1.0 + MEMORY.fragmentation)

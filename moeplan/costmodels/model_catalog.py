@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,14 +46,24 @@ def load_model(ref: str) -> Model:
     """The model of a catalog name (or alias), a `config.json`, a directory that holds one, or a YAML file."""
     if "/" in ref or "\\" in ref or ref.lower().endswith(_SUFFIXES):
         return _load_file(Path(ref))
+    if model := named_model(ref):
+        return model
+    if ref and os.path.isdir(ref):
+        return _load_file(Path(ref))
     if proxy := _PROXY.fullmatch(ref):
         return load_model(proxy["name"]).cut(int(proxy["layers"]))
-    name = _index().get(_fold(ref))
-    if name is None and Path(ref, "config.json").is_file():
-        return _load_file(Path(ref))
-    if name is None:
-        raise UnknownNameError("model", ref, model_names(), hint=_hint(ref))
-    entry = catalog_model(name)
+    raise UnknownNameError("model", ref, model_names(), hint=_hint(ref))
+
+
+def named_model(name: str) -> Model | None:
+    """The catalog's model of a name or alias, cut if it ends in "-NL-proxy"; None if there is none, files are not looked at."""
+    if proxy := _PROXY.fullmatch(name):
+        whole = named_model(proxy["name"])
+        return None if whole is None else whole.cut(int(proxy["layers"]))
+    known = _index().get(_fold(name))
+    if known is None:
+        return None
+    entry = catalog_model(known)
     return read_config(entry.config, name=entry.name, source=entry.source)
 
 
@@ -98,9 +109,9 @@ def _hint(ref: str) -> str:
 
 def _load_file(path: Path) -> Model:
     """The model of a user's file; it is named after the file, or after the directory of a `config.json`."""
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "config.json"
-    if not path.exists():
+    if not os.path.exists(path):
         known = _index().get(_fold(path.name))
         hint = f"the catalog knows it as '{known}'" if known else None
         raise FileError(f"model file '{path}' does not exist", hint=hint)

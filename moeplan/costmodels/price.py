@@ -72,6 +72,18 @@ class StepCost:
     """Seconds of one micro-batch on every rank looked at, [K, n]."""
 
 
+@dataclass(frozen=True, slots=True)
+class KindCosts:
+    """What one layer of each kind costs the rank that holds it, [kinds, n] each."""
+
+    seconds: Any
+    """One micro-batch, forward and backward."""
+    state_bytes: Any
+    """Weights, gradients and optimizer states."""
+    saved_bytes: Any
+    """Kept for one micro-batch."""
+
+
 def step_cost(model: Model, profile: Profile, workload: Workload, layouts: Layouts, *, every_rank: bool = False) -> StepCost:
     """Step time of every layout with all its parts."""
     return Pricing(model, profile, workload, layouts, every_rank=every_rank).step_cost()
@@ -140,6 +152,20 @@ class Pricing:
                 for name, value in ranks[k if k < len(ranks) else 0].items():
                     parts.setdefault(name, np.zeros((self._most_ranks, len(self.layouts))))[k, rows] = value
         return Breakdown(unit="bytes", parts=parts)
+
+    def kind_costs(self) -> KindCosts:
+        """What one layer of each kind costs under every layout."""
+        states, of_row = self._states
+        units = unit_parameters(self.model, self.layouts)
+        dense, expert = (sum(table.values())[of_row] for table in (states.dense, states.expert))
+        kinds = range(len(self.model.kinds))
+        totals = list(self._unit_seconds(slice(None)))
+        one, two = self._dense_memory, self._routed_memory
+        return KindCosts(
+            seconds=np.stack([totals[k] for k in kinds]),
+            state_bytes=np.stack([units.dense[k] * dense + units.expert[k] * expert for k in kinds]),
+            saved_bytes=np.stack([one.kinds[k][self._dense_of_row] + two.kinds[k][self._routed_of_row] for k in kinds]),
+        )
 
     # -- one block of rows that share a split ----------------------------------------------------------------------------
 

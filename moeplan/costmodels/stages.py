@@ -24,6 +24,7 @@ from moeplan.costmodels.model import Layer, Model
 from moeplan.errors import LayoutError
 
 Floats = npt.NDArray[np.float64]
+_MOST_LETTERS = 100_000
 
 
 def parse_split(text: str) -> tuple[str, ...]:
@@ -33,8 +34,11 @@ def parse_split(text: str) -> tuple[str, ...]:
     if not clean or re.search(r"[^EtmL|*()0-9]", clean):
         raise LayoutError(f"'{text}' is not a pipeline split", hint=example)
     # brackets before letters, as in Megatron
-    expanded = re.sub(r"\(([^()]+)\)\*(\d+)", lambda m: m[1] * int(m[2]), clean)
-    expanded = re.sub(r"([EtmL|])\*(\d+)", lambda m: m[1] * int(m[2]), expanded)
+    expanded = clean
+    for repeat in (r"\(([^()]+)\)\*(\d{1,9})", r"([EtmL|])\*(\d{1,9})"):
+        if sum(len(m[1]) * int(m[2]) for m in re.finditer(repeat, expanded)) > _MOST_LETTERS:
+            raise LayoutError(f"'{text}' is not a pipeline split: it repeats into more than {_MOST_LETTERS} letters")
+        expanded = re.sub(repeat, lambda m: m[1] * int(m[2]), expanded)
     if re.search(r"[*()0-9]", expanded):
         raise LayoutError(f"'{text}' is not a pipeline split: a repeat or a bracket stands alone", hint=example)
     return tuple(expanded.split("|"))
@@ -153,6 +157,10 @@ class Ranks:
     """1 where the rank holds the output head, [K]."""
     mtp: Floats
     """Prediction layers, [K]."""
+    copies: Floats
+    """Copies of the embedding: where tokens enter, and where prediction layers stand in another chunk, [K]."""
+    norms: Floats
+    """Final norms: with the head; beside the last decoder layer if prediction layers follow it, but in Mamba hybrids, [K]."""
 
 
 def chunk_letters(model: Model, pp: int, vpp: int, split: str) -> tuple[str, ...]:
@@ -183,10 +191,22 @@ def rank_contents(model: Model, pp: int, vpp: int, split: str) -> npt.NDArray[np
     return out
 
 
+def _contents(model: Model, pp: int, vpp: int, split: str) -> Floats:
+    """`rank_contents`, then copies of the embedding, final norms and the rank itself, [pp, kinds + 6]."""
+    chunks = chunk_letters(model, pp, vpp, split)
+    last = len(chunks) - 1
+    if model.mtp and not model.is_hybrid:
+        last = max(c for c, chunk in enumerate(chunks) if "t" in chunk)
+    ends = np.zeros((pp, 2))
+    for c, chunk in enumerate(chunks):
+        ends[c % pp] += "E" in chunk or "m" in chunk, c == last
+    return np.column_stack([rank_contents(model, pp, vpp, split), ends, np.arange(pp)])
+
+
 @functools.lru_cache(maxsize=4096)
 def all_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
     """Every rank of a split."""
-    return _ranks(model, [np.append(row, float(r)) for r, row in enumerate(rank_contents(model, pp, vpp, split))])
+    return _ranks(model, _contents(model, pp, vpp, split))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -196,12 +216,13 @@ def binding_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
     An earlier rank has more micro-batches in flight, so a dominated rank is neither slower nor fuller.
     """
     rows: list[Floats] = []
-    for rank, content in enumerate(rank_contents(model, pp, vpp, split)):
-        if not any((kept[:-1] >= content).all() for kept in rows):
-            rows.append(np.append(content, float(rank)))
-    return _ranks(model, rows)
+    for content in _contents(model, pp, vpp, split):
+        if not any((kept[:-1] >= content[:-1]).all() for kept in rows):
+            rows.append(content)
+    return _ranks(model, np.stack(rows))
 
 
-def _ranks(model: Model, rows: list[Floats]) -> Ranks:
-    table, n = np.stack(rows), len(model.kinds)
-    return Ranks(rank=table[:, n + 3], kinds=table[:, :n], embedding=table[:, n], head=table[:, n + 1], mtp=table[:, n + 2])
+def _ranks(model: Model, table: Floats) -> Ranks:
+    n = len(model.kinds)
+    embedding, head, mtp, copies, norms, rank = table[:, n:].T
+    return Ranks(rank=rank, kinds=table[:, :n], embedding=embedding, head=head, mtp=mtp, copies=copies, norms=norms)

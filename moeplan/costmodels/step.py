@@ -95,7 +95,7 @@ class DataParallelTime:
     scatter: Any
     """Reduce all gradients."""
     gather: Any
-    """Gather all weights."""
+    """Gather all weights, or the summed gradients where nothing is sharded."""
     optimizer: Any
     """Update the rank's shard."""
 
@@ -105,18 +105,19 @@ def data_parallel_times(
 ) -> DataParallelTime:
     """Gradient reduction, parameter gather and optimizer step of `parameters` that a group of ranks shares, [n]."""
 
-    def moved(collective: Callable[[Profile, Any, Group], Any], element_bytes: float) -> Any:
+    def moved(collective: Callable[[Profile, Any, Group], Any], element_bytes: Any) -> Any:
         return np.where(where.ranks > 1, collective(profile, element_bytes * parameters, where), 0.0)
 
-    weight = min(2.0, workload.precision.weight_bytes(profile.cluster.device))
-    offload = layouts.optimizer_offload
-    updated = parameters / np.where(layouts.shards_as("ddp"), 1, where.ranks)
+    weight, gradient = min(2.0, workload.precision.weight_bytes(profile.cluster.device)), float(workload.gradient_bytes)
+    ddp, offload = layouts.shards_as("ddp"), layouts.optimizer_offload
+    updated = parameters / np.where(ddp, 1, where.ranks)
     on_device = profile.stream_s(STEP.optimizer_bytes * updated * (1.0 - offload))
     # An offloaded share moves its gradients down and its weights up.
     over_link = (workload.gradient_bytes + 2.0) * updated * offload / profile.cluster.pcie.bytes_per_s
     return DataParallelTime(
-        scatter=moved(reduce_scatter_s, float(workload.gradient_bytes)),
-        gather=moved(all_gather_s, weight),
+        scatter=moved(reduce_scatter_s, gradient),
+        # Without sharding the sums of the gradients go back to everyone; weights stay where they are.
+        gather=moved(all_gather_s, np.where(ddp, gradient, weight)),
         optimizer=on_device + over_link,
     )
 

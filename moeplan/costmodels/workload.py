@@ -18,6 +18,9 @@ from moeplan.errors import ProblemError, UnknownNameError
 from moeplan.profiles.hardware import Device
 from moeplan.records import from_mapping, load_yaml
 
+MOST_TOKENS, MOST_SEQUENCES = 100_000_000, 10_000_000
+"""Longer sequences and larger batches are taken for slips."""
+
 _CATALOG = Path(__file__).parent / "catalog"
 
 
@@ -99,9 +102,10 @@ def precision_names() -> list[str]:
 
 
 def load_precision(name: str) -> Precision:
-    """The precision recipe of that name or alias, letter case ignored."""
+    """The precision recipe of that name or alias; letter case makes no difference, nor "_" for "-"."""
+    folded = name.strip().lower().replace("_", "-")
     for precision in _precisions().values():
-        if name.lower() in (precision.name, *precision.aliases):
+        if folded in (precision.name, *precision.aliases):
             return precision
     raise UnknownNameError("precision", name, _precisions())
 
@@ -146,10 +150,12 @@ class Workload:
     """Expert capacity over the mean load, tokens above it are dropped; 0: no token is dropped."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "global_batch"):
+        for name, most in (("seq_len", MOST_TOKENS), ("global_batch", MOST_SEQUENCES)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ProblemError(f"{name}={value!r} must be a whole number of at least 1")
+            if value > most:
+                raise ProblemError(f"{name}={value} is more than the {most} that are handled")
         for name in ("gradient_bytes", "moment_bytes"):
             if getattr(self, name) not in (2, 4):
                 raise ProblemError(f"{name}={getattr(self, name)} must be 2 (bf16) or 4 (fp32)")

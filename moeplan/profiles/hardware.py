@@ -122,6 +122,9 @@ class Cluster:
         node, domain = self.gpus_per_node, self.domain_gpus
         if self.gpus > MAX_GPUS:
             raise ClusterError(f"{where}: {self.gpus} GPUs, at most {MAX_GPUS} are handled")
+        for name in ("gpus_per_node", "domain_gpus", "nics_per_node"):
+            if getattr(self, name) > MAX_GPUS:
+                raise ClusterError(f"{where}: {name} is {getattr(self, name)}, at most {MAX_GPUS} are handled")
         if self.gpus > node and self.gpus % node:
             full = self.gpus - self.gpus % node
             raise ClusterError(
@@ -178,18 +181,26 @@ def load_cluster(ref: str | Path) -> Cluster:
     text = str(ref)
     if isinstance(ref, Path) or os.sep in text or text.endswith((".yaml", ".yml")):
         return _load_file(Path(ref))
+    known = named_cluster(text)
+    if known is not None:
+        return known
+    if os.path.isfile(text):
+        return _load_file(Path(text))
+    raise _unknown_cluster(text)
+
+
+def named_cluster(text: str) -> Cluster | None:
+    """The cluster of a shorthand or of the catalog; None if it is neither, files are not looked at."""
     shorthand = _shorthand(text)
     if shorthand is not None:
         device, gpus = shorthand
         return _assemble(_ClusterFile(device=device, gpus=gpus), f"{device}x{gpus}", f"cluster '{text}'")
     name = _canonical(text)
     facts = _catalog("clusters")["clusters"].get(name)
-    if facts is not None:
-        where = f"cluster '{name}' of the catalog"
-        return _assemble(from_mapping(_ClusterFile, _values(facts), where), name, where)
-    if os.path.isfile(text):
-        return _load_file(Path(text))
-    raise _unknown_cluster(text)
+    if facts is None:
+        return None
+    where = f"cluster '{name}' of the catalog"
+    return _assemble(from_mapping(_ClusterFile, _values(facts), where), name, where)
 
 
 def device_names() -> tuple[str, ...]:
