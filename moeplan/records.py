@@ -22,20 +22,34 @@ import yaml
 from moeplan.errors import FileError, SchemaError, nearest
 
 T = TypeVar("T")
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MOST = 10**300
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):  # type: ignore[misc]
+    """YAML as it is, but a key that stands twice is refused: the first would be lost without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' stands twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 def read_text(path: Path, what: str) -> str:
     """The text of a user's file; `what` names its role in the error ("plan file")."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows programs put a mark before the text
     except FileNotFoundError:
         raise FileError(f"{what} '{path}' does not exist") from None
     except IsADirectoryError:
         raise FileError(f"{what} '{path}' is a directory", hint="give the path of a file") from None
     except UnicodeDecodeError:
-        raise FileError(f"cannot read {what} '{path}': not UTF-8 text") from None
+        raise FileError(f"cannot read {what} '{path}': not UTF-8 text", hint="save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise FileError(f"cannot read {what} '{path}': {getattr(error, 'strerror', None) or error}") from None
 
@@ -74,9 +88,11 @@ def save_text(path: Path, text: str, what: str) -> None:
             stream.write(text)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:  # an interrupt must not leave the temporary file behind either
         Path(temporary).unlink(missing_ok=True)
-        raise FileError(f"cannot write {what} '{path}': {error.strerror}") from None
+        if isinstance(error, OSError):
+            raise FileError(f"cannot write {what} '{path}': {error.strerror}") from None
+        raise
 
 
 def _umask() -> int:
@@ -88,7 +104,8 @@ def _umask() -> int:
 def from_mapping(cls: type[T], data: Any, where: str) -> T:
     """Build the dataclass `cls` from plain data; every complaint starts with `where`."""
     if not isinstance(data, Mapping):
-        raise SchemaError(f"{where}: expected a mapping with the keys of {cls.__name__}, found {_kind(data)}")
+        names = ", ".join(f.name for f in dataclasses.fields(cls) if f.init)  # type: ignore[arg-type]
+        raise SchemaError(f"{where}: expected a mapping with the keys {names}, found {_kind(data)}")
     hints = _type_hints(typing.cast(Any, cls))
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in data:
@@ -162,6 +179,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_mapping(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > _MOST:
+            raise SchemaError(f"{where}: {_kind(value)} is too large")
         return float(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise SchemaError(f"{where}: expected {hint.__name__}, found {_kind(value)}")

@@ -50,12 +50,11 @@ def format_bytes(n: float) -> str:
 
 
 def format_seconds(t: float) -> str:
-    """A duration for people, with three significant digits: "12.3 s", "4.56 ms"."""
-    if t != 0 and abs(t) < MS:
-        return f"{t / US:.3g} us"
-    if t != 0 and abs(t) < 1:
-        return f"{t / MS:.3g} ms"
-    return f"{t:.3g} s" if abs(t) < 1000 else f"{t:,.0f} s"
+    """A duration for people, with three significant digits: "12.0 s", "4.56 ms"."""
+    if t == 0:
+        return "0 s"
+    unit, size = next(((u, s) for u, s in (("us", US), ("ms", MS)) if abs(t) < 1000 * s), ("s", 1.0))
+    return f"{t / size:#.3g}".rstrip(".") + f" {unit}" if abs(t) < 999.5 * size else f"{t / size:,.0f} {unit}"
 
 
 def format_count(n: float) -> str:

@@ -6,6 +6,7 @@ their own help, and their help texts for the overview stand here. Exit codes: 0 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -73,6 +74,7 @@ def cli() -> None:
 
 def main() -> Any:
     """Run the command line; errors that a user can mend end in one line on stderr."""
+    _prepare_streams()
     try:
         code = cli(standalone_mode=False, prog_name="moeplan")
         return code if isinstance(code, int) else 0
@@ -87,9 +89,26 @@ def main() -> Any:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return 130
-    except BrokenPipeError:
+    except OSError as error:  # files have errors of their own: this is stdout, on a full disk for one
+        click.echo(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", err=True)
+        _drop_stdout()
+        return 1
+
+
+def _prepare_streams() -> None:
+    """Let a stream that is closed swallow what it gets, and one of few letters show "?" for those that it lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def _drop_stdout() -> None:
+    """Send what is still buffered for stdout nowhere, so that leaving does not fail on it again."""
+    with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def run() -> None:

@@ -110,8 +110,7 @@ def estimate(plan_file: Path | None, runs: Path | None, output: Path | None, as_
 def _from_options(options: dict[str, Any], *, dispatcher_given: bool) -> Any:
     from moeplan.costmodels.layout import Layout
     from moeplan.costmodels.stages import balanced_split
-    from moeplan.planner.constraints import violations
-    from moeplan.planner.plan import price_plan
+    from moeplan.planner.plan import check_layout, price_plan
 
     names = [p.name for p in estimate.params if isinstance(p, click.Option)]
     layout_names = {"tp", "cp", "pp", "vpp", "ep", "etp", "micro_batch", "sharding", "recompute", "dispatcher", "ep_overlap",
@@ -142,11 +141,7 @@ def _from_options(options: dict[str, Any], *, dispatcher_given: bool) -> Any:
         optimizer_offload=chosen["optimizer_offload"],
         stages=stages,
     )  # fmt: skip
-    broken = violations(problem, layout)
-    if broken:
-        raise LayoutError(
-            "; ".join(f"{v.reason} (rule {v.rule})" for v in broken), hint=next((v.hint for v in broken if v.hint), None)
-        )
+    check_layout(problem, layout)
     return price_plan(problem, layout, remarks=problem.model.remarks)
 
 

@@ -16,7 +16,10 @@ import click
 from moeplan.errors import FileError, MoeplanError, UsageError
 
 if TYPE_CHECKING:
+    from moeplan.costmodels.model import Model
+    from moeplan.costmodels.workload import Workload
     from moeplan.planner.problem import Problem
+    from moeplan.profiles.hardware import Device
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -112,18 +115,14 @@ def make_problem(
     cluster_ref: str | None,
     global_batch: int | None,
     seq_len: int | None,
-    precision: str,
-    era: str,
-    gradients: str,
-    moments: str,
-    imbalance: float,
     no_mtp: bool,
     memory_limit: str | None,
     price_per_gpu_hour: float,
     pins: tuple[str, ...] = (),
     forbidden: tuple[str, ...] = (),
+    **how: Any,
 ) -> Problem:
-    """The problem that the options state; every missing one is named."""
+    """The problem that the options state; every missing one is named. `how` are those of `_workload`."""
     needed = {"--model": model_ref, "--cluster": cluster_ref, "--global-batch": global_batch, "--seq-len": seq_len}
     missing = [name for name, value in needed.items() if value is None]
     if missing:
@@ -132,48 +131,62 @@ def make_problem(
         )
     assert model_ref is not None and cluster_ref is not None and global_batch is not None and seq_len is not None
     from moeplan.costmodels.model_catalog import load_model
-    from moeplan.costmodels.workload import Workload, load_era, load_precision
     from moeplan.planner.problem import Problem, parse_condition
     from moeplan.profiles.hardware import load_cluster
     from moeplan.profiles.profile import nominal
-    from moeplan.units import format_bytes, parse_bytes
 
     if not 0 <= price_per_gpu_hour < math.inf:
         raise UsageError(f"--price-per-gpu-hour {price_per_gpu_hour:g}: a price of 0 or more is needed")
-    limit = parse_bytes(memory_limit) if memory_limit is not None else math.inf
-    if limit <= 0:
-        raise UsageError(f"--memory-limit {memory_limit} leaves no memory", hint="write it like 70GiB")
     model, cluster = load_model(model_ref), load_cluster(cluster_ref)
-    if imbalance != 1.0 and model.moe is None:
-        raise UsageError(f"--imbalance {imbalance:g}: {model.name} has no experts to load unevenly")
-    if no_mtp and not model.mtp:
-        remark(f"{model.name} has no prediction layers; --no-mtp changes nothing")
-    if math.inf > limit > cluster.device.memory_bytes:
-        has = f"the {format_bytes(cluster.device.memory_bytes)} of a {cluster.device.name}"
-        remark(f"--memory-limit {memory_limit} is more than {has}, which counts")
     if no_mtp:
+        if not model.mtp:
+            remark(f"{model.name} has no prediction layers; --no-mtp changes nothing")
         model = dataclasses.replace(model, mtp=())
     if price_per_gpu_hour:
         cluster = dataclasses.replace(cluster, price_per_gpu_hour=price_per_gpu_hour)
-    workload = Workload(
-        seq_len=seq_len,
-        global_batch=global_batch,
+    for text in model.remarks:
+        remark(text)
+    return Problem(
+        model=model,
+        profile=nominal(cluster),
+        workload=_workload(model, global_batch=global_batch, seq_len=seq_len, **how),
+        pins=tuple(parse_condition(p) for p in pins),
+        forbidden=tuple(parse_condition(p) for p in forbidden),
+        memory_limit_bytes=_limit_bytes(memory_limit, cluster.device),
+    )
+
+
+def _workload(
+    model: Model, *, precision: str, era: str, gradients: str, moments: str, imbalance: float, **sizes: int
+) -> Workload:
+    from moeplan.costmodels.workload import Workload, load_era, load_precision
+
+    if imbalance != 1.0 and model.moe is None:
+        raise UsageError(f"--imbalance {imbalance:g}: {model.name} has no experts to load unevenly")
+    return Workload(
+        **sizes,
         precision=load_precision(precision),
         era=load_era(era),
         gradient_bytes={"fp32": 4, "bf16": 2}[gradients],
         moment_bytes={"fp32": 4, "bf16": 2}[moments],
         imbalance=imbalance,
     )
-    for text in model.remarks:
-        remark(text)
-    return Problem(
-        model=model,
-        profile=nominal(cluster),
-        workload=workload,
-        pins=tuple(parse_condition(p) for p in pins),
-        forbidden=tuple(parse_condition(p) for p in forbidden),
-        memory_limit_bytes=limit if limit < cluster.device.memory_bytes else 0.0,
-    )
+
+
+def _limit_bytes(text: str | None, device: Device) -> float:
+    """Bytes of `--memory-limit`; 0 where the device itself is the limit."""
+    from moeplan.units import format_bytes, parse_bytes
+
+    if text is None:
+        return 0.0
+    limit = parse_bytes(text)
+    if limit <= 0:
+        raise UsageError(f"--memory-limit {text} leaves no memory", hint="write it like 70GiB")
+    if limit < device.memory_bytes:
+        return limit
+    if limit > device.memory_bytes:
+        remark(f"--memory-limit {text} is more than the {format_bytes(device.memory_bytes)} of a {device.name}, which counts")
+    return 0.0
 
 
 def progress_bar(label: str) -> Any:

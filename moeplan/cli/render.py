@@ -69,7 +69,8 @@ def solution_table(solution: Solution) -> Table:
     first = solution.plans[0]
     priced = bool(first.problem.profile.cluster.price_per_gpu_hour)
     table = Table(title=title(first), title_style="bold", title_justify="left", box=None, pad_edge=False, header_style="dim")
-    for name in ("", "layout", "micro", "recompute", "dispatch"):
+    sized = len({plan.layout.world for plan in solution.plans}) > 1
+    for name in ("", *(["GPUs"] if sized else []), "layout", "micro", "recompute", "dispatch"):
         table.add_column(name)
     for name in ("step", "80 % of runs", "tok/s/GPU", "MFU", "peak GiB"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -78,7 +79,7 @@ def solution_table(solution: Solution) -> Table:
     for i, plan in enumerate(solution.plans):
         cells = [
             str(i + 1),
-            layout_text(plan),
+            plan.layout.degrees(),
             str(plan.layout.micro_batch),
             " ".join(plan.layout.recompute) or "-",
             dispatch_text(plan),
@@ -88,6 +89,8 @@ def solution_table(solution: Solution) -> Table:
             f"{plan.mfu:.1%}",
             f"{plan.peak_bytes / GIB:.1f}",
         ]
+        if sized:
+            cells.insert(1, str(plan.layout.world))
         if priced:
             cells.append(f"{cost_per_trillion_tokens(plan.problem, plan.layout.world, plan.step_s):,.0f}")
         table.add_row(*cells, style="bold green" if i == 0 else None)
@@ -101,11 +104,6 @@ def title(plan: Plan) -> str:
         f"{problem.model.name} on {problem.profile.cluster.name}, {workload.global_batch} x {workload.seq_len} tokens, "
         f"{workload.precision.name}, era {workload.era.name}"
     )
-
-
-def layout_text(plan: Plan) -> str:
-    """Degrees, and GPUs where plans of several sizes stand together."""
-    return f"{plan.layout.degrees()}"
 
 
 def dispatch_text(plan: Plan) -> str:

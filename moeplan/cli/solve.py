@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from moeplan.cli.options import (
     print_json,
     problem_options,
     progress_bar,
+    remark,
 )
 from moeplan.errors import UsageError
 from moeplan.units import format_bytes, format_count
@@ -34,6 +36,7 @@ from moeplan.units import format_bytes, format_count
     "--pin", "pins", multiple=True, metavar="COND", help="Keep only layouts that meet it: tp=2, 'pp<=8', recompute=none."
 )
 @click.option("--forbid", "forbidden", multiple=True, metavar="COND", help="Leave out layouts that meet it: 'ep>8'.")
+@click.option("--refine", is_flag=True, help="Split the layers of the plans anew, by the cost of each layer (MILP).")
 @click.option("--top", type=Count(100), default=5, show_default=True, help="Plans to show, up to 100.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the best plan to this file.")
 @json_option
@@ -43,6 +46,7 @@ def solve(
     target_tokens_per_s: float | None,
     pins: tuple[str, ...],
     forbidden: tuple[str, ...],
+    refine: bool,
     top: int,
     output: Path | None,
     as_json: bool,
@@ -58,68 +62,86 @@ def solve(
     All degrees, micro-batch, virtual stages, dispatcher, overlap and recompute are searched; the answer comes with a count of
     everything that was passed over and why. Exit code 3: no plan fits.
     """
-    from moeplan.planner.solve import solve as solve_problem
-    from moeplan.units import parse_seconds
-
-    if objective == "throughput" and not (target_step_time is None and target_tokens_per_s is None):
-        raise UsageError("a target goes with --objective gpus or cost, not with throughput")
-    if target_tokens_per_s is not None and not 0 < target_tokens_per_s < math.inf:
-        raise UsageError(f"--target-tokens-per-s {target_tokens_per_s:g}: a number above 0 is needed")
-    target_step_s = parse_seconds(target_step_time) if target_step_time is not None else math.inf
-    if target_step_s <= 0:
-        raise UsageError(f"--target-step-time {target_step_time}: a time above 0 is needed")
     if output is not None:
         check_writable(output, "plan file")
+    target = _target(objective, target_step_time, target_tokens_per_s)
     problem = make_problem(**options, pins=pins, forbidden=forbidden)
+    from moeplan.planner.solve import solve as solve_problem
+
     with progress_bar("solving") as progress:
-        solution = solve_problem(
-            problem,
-            objective=objective,
-            keep=top,
-            target_step_s=target_step_s,
-            target_tokens_per_s=target_tokens_per_s or 0.0,
-            progress=progress,
-        )
+        solution = solve_problem(problem, objective=objective, keep=top, progress=progress, **target)
+    if refine:
+        from moeplan.planner.refine import refined
+
+        solution = dataclasses.replace(solution, plans=refined(solution.plans))
+    if output is not None and solution.plans:
+        solution.plans[0].save(output)
     if as_json:
         print_json(_data(solution))
+    elif solution.plans:
+        _show(solution)
+        for text in solution.plans[0].remarks:
+            remark(text)
     if not solution.plans:
-        click.echo(f"no plan fits: {_why(problem, solution)}", err=True)
+        click.echo(f"no plan fits: {_why(problem, solution, bool(target))}", err=True)
         return NO_PLAN_FITS
-    best = solution.plans[0]
-    if output is not None:
-        best.save(output)
-    if not as_json:
-        from moeplan.cli.render import certificate_lines, console, memory_table, solution_table, time_bars
-
-        out = console()
-        out.print(solution_table(solution))
-        out.print()
-        out.print(time_bars(best.time))
-        out.print()
-        out.print(memory_table(best))
-        out.print()
-        assert best.certificate is not None
-        for line in certificate_lines(
-            solution.considered, solution.priced, solution.rejected, solution.seconds, best.certificate.gap
-        ):
-            out.print(line)
     if output is not None:
         click.echo(f"plan written to {output}; next: moeplan export {output} --to megatron -d launch", err=True)
     return 0
 
 
-def _why(problem: Any, solution: Any) -> str:
+def _target(objective: str, step_time: str | None, tokens_per_s: float | None) -> dict[str, float]:
+    """What is to be reached, as arguments of `solve`; empty where nothing is."""
+    from moeplan.units import parse_seconds
+
+    if objective == "throughput" and not (step_time is None and tokens_per_s is None):
+        raise UsageError("a target goes with --objective gpus or cost, not with throughput")
+    target = {}
+    if step_time is not None:
+        target["target_step_s"] = parse_seconds(step_time)
+        if target["target_step_s"] <= 0:
+            raise UsageError(f"--target-step-time {step_time}: a time above 0 is needed")
+    if tokens_per_s is not None:
+        target["target_tokens_per_s"] = tokens_per_s
+        if not 0 < tokens_per_s < math.inf:
+            raise UsageError(f"--target-tokens-per-s {tokens_per_s:g}: a number above 0 is needed")
+    return target
+
+
+def _show(solution: Any) -> None:
+    """The best plans as a table, the time and memory of the first, and what was passed over."""
+    from moeplan.cli.render import certificate_lines, console, memory_table, solution_table, time_bars
+
+    best = solution.plans[0]
+    out = console()
+    for part in (solution_table(solution), time_bars(best.time), memory_table(best)):
+        out.print(part)
+        out.print()
+    assert best.certificate is not None
+    for line in certificate_lines(
+        solution.considered, solution.priced, solution.rejected, solution.seconds, best.certificate.gap
+    ):
+        out.print(line)
+
+
+def _why(problem: Any, solution: Any, has_target: bool) -> str:
     """Why nothing fits, in one sentence."""
     name, cluster = problem.model.name, problem.profile.cluster
-    if solution.nearest_excess_bytes < float("inf") and not solution.counts:
+    sizes = f"no size from {solution.counts[0]} to {solution.counts[-1]} GPUs" if solution.counts else ""
+    if sizes and has_target:
+        return f"{sizes} reaches the target with {name}"
+    if solution.nearest_excess_bytes < float("inf"):
         reason = f"the best layout of {name} misses the {format_bytes(problem.device_bytes)} of a {cluster.device.name} by "
         reason += format_bytes(max(solution.nearest_excess_bytes, 0.0))
+        if sizes:
+            return f"{sizes} will do, {reason}"
         if solution.gpus_that_fit:
             return f"{reason}; {solution.gpus_that_fit} GPUs would do"
         return f"{reason}, and up to 64 times the {cluster.gpus} GPUs do not help (conditions or lower precision may)"
-    if solution.counts:
-        return f"no size from {solution.counts[0]} to {solution.counts[-1]} GPUs reaches the target"
-    parts = [f"{reason} ({format_count(count)})" for reason, count in list(solution.rejected.items())[:4]]
+    if not solution.considered:
+        return f"--pin and --forbid leave no layout of {name} on {cluster.gpus} GPUs"
+    called = {"excluded": "excluded by --pin or --forbid"}
+    parts = [f"{called.get(reason, reason)} ({format_count(count)})" for reason, count in list(solution.rejected.items())[:4]]
     return f"every layout of {name} on {cluster.gpus} GPUs is refused: {', '.join(parts)}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.uncertainty import interval
 from moeplan.errors import MoeplanError, SchemaError, nearest
+from moeplan.planner.cells import Unsupported
 from moeplan.planner.constraints import violations
 from moeplan.planner.problem import Problem
-from moeplan.planner.runs import REQUIRED_COLUMNS, Run, Unsupported, group_key, read_run
+from moeplan.planner.runs import REQUIRED_COLUMNS, SURPLUS, Run, group_key, read_run
 from moeplan.profiles.hardware import Cluster
 from moeplan.profiles.profile import Profile, nominal
 from moeplan.records import read_text
@@ -71,18 +73,35 @@ def profile_of(cluster: Cluster) -> Profile:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file; refuses a file without the needed columns."""
-    reader = csv.DictReader(io.StringIO(read_text(path, "run table"), newline=""))
-    names = [n.strip() for n in reader.fieldnames or []]
+    """Rows of a CSV file; refuses a file without the needed columns or with text that is no CSV."""
+    reader = csv.DictReader(io.StringIO(read_text(path, "run table"), newline=""), strict=True)
+    try:
+        names = [n.strip() for n in reader.fieldnames or []]
+        _check_columns(names, path)
+        reader.fieldnames = names
+        rows = list(reader)
+    except csv.Error as error:
+        raise SchemaError(f"run table '{path}', line {reader.reader.line_num}: {error}", hint="is it a CSV file?") from None
+    for row in rows:
+        surplus: Any = row.pop(None, [])
+        if any(text.strip() for text in surplus):
+            row[SURPLUS] = ",".join(surplus)
+    return rows
+
+
+def _check_columns(names: Sequence[str], path: Path) -> None:
+    twice = [n for i, n in enumerate(names) if n and n in names[:i]]
+    if twice:
+        raise SchemaError(f"run table '{path}' has the column {twice[0]} twice", hint="remove one of them")
     missing = [c for c in REQUIRED_COLUMNS if c not in names]
     if missing:
         close = [f"'{n}' for '{c}'" for c in missing for n in nearest(c, [x for x in names if x], 1)]
         hint = f"found {', '.join(close)}?" if close else f"needed are {', '.join(REQUIRED_COLUMNS)}"
+        if len(names) == 1 and re.search(r"[;\t|]", names[0]):
+            hint = "separate cells by commas"
         raise SchemaError(
             f"run table '{path}' lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}", hint=hint
         )
-    reader.fieldnames = names
-    return [{k: v for k, v in row.items() if isinstance(k, str)} for row in reader]
 
 
 def price_runs(rows: Sequence[Mapping[str, str]], progress: Callable[[int, int], None] | None = None) -> list[PricedRun]:
@@ -105,15 +124,15 @@ def price_runs(rows: Sequence[Mapping[str, str]], progress: Callable[[int, int],
 def _price_group(members: list[tuple[int, Run]]) -> dict[int, PricedRun]:
     """Runs of the same model, cluster and workload, priced as one array."""
     first = members[0][1]
-    profile = profile_of(first.cluster)
     try:
+        profile = profile_of(first.cluster)
         problem = Problem(model=first.model, profile=profile, workload=first.workload, extend_positions=True)
+        layouts = Layouts.of([run.layout for _, run in members])
+        pricing = Pricing(first.model, profile, first.workload, layouts)
+        step, peak = pricing.step_cost().time, pricing.peak_bytes()
     except MoeplanError as error:
         reason = str(error)
         return {i: PricedRun(id=run.id, status="unsupported", reason=reason) for i, run in members}
-    layouts = Layouts.of([run.layout for _, run in members])
-    pricing = Pricing(first.model, profile, first.workload, layouts)
-    step, peak = pricing.step_cost().time, pricing.peak_bytes()
     low, high = interval(first.model, profile, step.total)
     out = {}
     for place, (i, run) in enumerate(members):

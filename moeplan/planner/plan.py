@@ -16,17 +16,26 @@ from typing import Any
 from moeplan._version import VERSION
 from moeplan.costmodels.breakdown import Breakdown
 from moeplan.costmodels.counts import flops_per_token
-from moeplan.costmodels.hf_config import read_config
-from moeplan.costmodels.layout import DEGREES, Layout, Layouts
-from moeplan.costmodels.model import Model
-from moeplan.costmodels.model_catalog import load_model
+from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.costmodels.uncertainty import interval
-from moeplan.costmodels.workload import Workload, load_era, load_precision
-from moeplan.errors import MoeplanError, SchemaError, nearest
+from moeplan.errors import LayoutError, SchemaError, nearest
+from moeplan.planner.constraints import violations
+from moeplan.planner.plan_data import (
+    cluster_data,
+    layout_data,
+    limits_data,
+    located,
+    model_data,
+    read_cluster,
+    read_layout,
+    read_limits,
+    read_model,
+    read_workload,
+    workload_data,
+)
 from moeplan.planner.problem import Problem
-from moeplan.profiles.hardware import Cluster, load_cluster
 from moeplan.profiles.profile import nominal
 from moeplan.records import dump_yaml, from_mapping, load_yaml, save_text, to_mapping
 from moeplan.units import GIB, TERA
@@ -38,6 +47,7 @@ _KEYS = (
     "model",
     "cluster",
     "workload",
+    "limits",
     "layout",
     "predicted",
     "certificate",
@@ -82,6 +92,28 @@ class RunnerUp:
     layout: Layout
     step_s: float
     peak_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Runner:
+    """A runner-up in a plan file."""
+
+    step_s: float
+    peak_gib: float
+    layout: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rest:
+    """What a plan file holds beside question, answer and prediction."""
+
+    certificate: Certificate | None = None
+    runners_up: tuple[_Runner, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+
+_REST = ("certificate", "runners_up", "provenance", "remarks")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,16 +173,17 @@ class Plan:
 
     def to_data(self) -> dict[str, Any]:
         """The plan as plain data: what a plan file holds."""
-        workload = self.problem.workload
         data: dict[str, Any] = {
             "schema": SCHEMA,
             "moeplan": VERSION,
-            "model": _model_data(self.problem.model),
+            "model": model_data(self.problem.model),
             "cluster": cluster_data(self.problem.profile.cluster),
-            "workload": _workload_data(workload),
-            "layout": _layout_data(self.layout),
-            "predicted": self._predicted(),
+            "workload": workload_data(self.problem.workload),
         }
+        if limits := limits_data(self.problem):
+            data["limits"] = limits
+        data["layout"] = layout_data(self.layout)
+        data["predicted"] = self._predicted()
         if self.certificate is not None:
             data["certificate"] = {
                 **to_mapping(replace(self.certificate, rejected={})),
@@ -158,10 +191,10 @@ class Plan:
                 "rejected": dict(sorted(self.certificate.rejected.items(), key=lambda kv: -kv[1])),
             }
         data["runners_up"] = [
-            {"step_s": round(r.step_s, 5), "peak_gib": round(r.peak_bytes / GIB, 2), "layout": _layout_data(r.layout)}
+            {"step_s": round(r.step_s, 5), "peak_gib": round(r.peak_bytes / GIB, 2), "layout": layout_data(r.layout)}
             for r in self.runners_up
         ]
-        data["provenance"] = provenance(self.problem)
+        data["provenance"] = provenance(self.problem, self.layout)
         if self.remarks:
             data["remarks"] = list(self.remarks)
         return data
@@ -244,23 +277,38 @@ def load_plan(path: Path) -> Plan:
     for key in ("model", "cluster", "workload", "layout"):
         if key not in data:
             raise SchemaError(f"{where}: missing key '{key}'")
-    workload = _read_workload(data["workload"], where)
-    layout = _read_layout(data["layout"], where)
-    model = _read_model(data["model"], where)
-    cluster = read_cluster(data["cluster"], where)
-    problem = Problem(model=model, profile=nominal(cluster), workload=workload, extend_positions=True)
-    runners = tuple(_read_runner(r, where) for r in data.get("runners_up") or [])
-    certificate = data.get("certificate")
+    layout = read_layout(data["layout"], where)
+    with located(where):
+        problem = Problem(
+            model=read_model(data["model"], where),
+            profile=nominal(read_cluster(data["cluster"], where)),
+            workload=read_workload(data["workload"], where),
+            extend_positions=True,
+            **read_limits(data.get("limits"), where),
+        )
+        check_layout(problem, layout)
+    rest = from_mapping(_Rest, {k: v for k, v in data.items() if k in _REST and v is not None}, where)
+    drift = _drift(data.get("moeplan"), rest.provenance, problem, layout)
     return price_plan(
         problem,
         layout,
-        certificate=None if certificate is None else from_mapping(Certificate, certificate, f"{where}, certificate"),
-        runners_up=runners,
-        remarks=(*(data.get("remarks") or ()), *_drift(data, problem)),
+        certificate=None if drift else rest.certificate,
+        runners_up=tuple(
+            RunnerUp(layout=read_layout(r.layout, where), step_s=r.step_s, peak_bytes=r.peak_gib * GIB) for r in rest.runners_up
+        ),
+        remarks=tuple(dict.fromkeys((*rest.remarks, *drift))),
     )
 
 
-def provenance(problem: Problem) -> dict[str, Any]:
+def check_layout(problem: Problem, layout: Layout) -> None:
+    """Refuse a layout that breaks a rule of the framework, with all the rules that it breaks."""
+    broken = violations(problem, layout)
+    if broken:
+        rules = "; ".join(f"{v.reason} (rule {v.rule})" for v in broken)
+        raise LayoutError(rules, hint=next((v.hint for v in broken if v.hint), None))
+
+
+def provenance(problem: Problem, layout: Layout) -> dict[str, Any]:
     """Where the numbers come from: versions, hashes of the inputs, origin of the curves."""
     profile = problem.profile
     scaled = sorted(name for name, origin in profile.origins.items() if not origin.measured)
@@ -268,97 +316,28 @@ def provenance(problem: Problem) -> dict[str, Any]:
         "model_source": problem.model.source,
         "model_sha256": _digest(dict(problem.model.config)),
         "cluster_sha256": _digest(cluster_data(profile.cluster)),
+        "workload_sha256": _digest({**workload_data(problem.workload), **limits_data(problem)}),
+        "layout_sha256": _digest(layout_data(layout)),
         "profile": profile.name,
         "curves_measured_on_this_device": f"{len(profile.origins) - len(scaled)} of {len(profile.origins)}",
         "curves_scaled_from_relatives": scaled,
     }
 
 
-def _drift(data: Mapping[str, Any], problem: Problem) -> list[str]:
-    """Remarks where the inputs or the version are no longer those of the file."""
+def _drift(version: Any, then: Mapping[str, Any], problem: Problem, layout: Layout) -> list[str]:
+    """Remarks where version, inputs or layout are not those of the search behind the file, whose certificate then is void."""
     out = []
-    then = data.get("provenance") or {}
-    if data.get("moeplan") not in (None, VERSION):
-        out.append(f"written by moeplan {data['moeplan']}, priced by {VERSION}")
+    if version not in (None, VERSION):
+        out.append(f"written by moeplan {version}, priced by {VERSION}")
     if then.get("model_sha256") not in (None, _digest(dict(problem.model.config))):
         out.append(f"the configuration of {problem.model.name} is not the one that the plan was made for")
+    now = provenance(problem, layout)
+    for what in ("cluster", "workload", "layout"):
+        if then.get(f"{what}_sha256") not in (None, now[f"{what}_sha256"]):
+            out.append(f"the {what} was changed by hand, so no search stands behind the plan")
     return out
 
 
 def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _model_data(model: Model) -> Any:
-    try:
-        if load_model(model.name) == model:
-            return model.name
-    except MoeplanError:
-        pass
-    return {"name": model.name, "source": model.source, "config": json.loads(json.dumps(dict(model.config), default=str))}
-
-
-def _read_model(data: Any, where: str) -> Model:
-    if isinstance(data, str):
-        return load_model(data)
-    if not isinstance(data, Mapping) or "config" not in data:
-        raise SchemaError(f"{where}, key 'model': expected a catalog name, or a mapping with name and config")
-    return read_config(data["config"], name=str(data.get("name", "model")), source=str(data.get("source", "")))
-
-
-def cluster_data(cluster: Cluster) -> Any:
-    """A cluster as plain data: its shorthand or catalog name where that says it all, else every field."""
-    try:
-        if load_cluster(cluster.name) == cluster:
-            return cluster.name
-    except MoeplanError:
-        pass
-    return to_mapping(cluster)
-
-
-def read_cluster(data: Any, where: str) -> Cluster:
-    """The inverse of `cluster_data`."""
-    return load_cluster(data) if isinstance(data, str) else from_mapping(Cluster, data, f"{where}, key 'cluster'")
-
-
-def _workload_data(workload: Workload) -> dict[str, Any]:
-    return {**to_mapping(workload), "precision": workload.precision.name, "era": workload.era.name}
-
-
-def _read_workload(data: Any, where: str) -> Workload:
-    if not isinstance(data, Mapping):
-        raise SchemaError(f"{where}, key 'workload': expected a mapping")
-    values = dict(data)
-    for name in ("precision", "era"):
-        if name not in values:
-            raise SchemaError(f"{where}, key 'workload': missing key '{name}'")
-    values["precision"] = to_mapping(load_precision(str(values["precision"])))
-    values["era"] = to_mapping(load_era(str(values["era"])))
-    return from_mapping(Workload, values, f"{where}, key 'workload'")
-
-
-def _layout_data(layout: Layout) -> dict[str, Any]:
-    """A layout with every degree written out, also those of 1."""
-    degrees = {name: getattr(layout, name) for name in (*DEGREES, "micro_batch")}
-    return {"world": layout.world, **degrees, **{k: v for k, v in to_mapping(layout).items() if k not in degrees}}
-
-
-def _read_layout(data: Any, where: str) -> Layout:
-    if not isinstance(data, Mapping):
-        raise SchemaError(f"{where}, key 'layout': expected a mapping")
-    values = {k: v for k, v in data.items() if k != "world"}
-    layout = from_mapping(Layout, values, f"{where}, key 'layout'")
-    if data.get("world") not in (None, layout.world):
-        raise SchemaError(
-            f"{where}: layout has world {data['world']}, but tp*cp*dp*pp = "
-            f"{layout.tp}*{layout.cp}*{layout.dp}*{layout.pp} = {layout.world}"
-        )
-    return layout
-
-
-def _read_runner(data: Any, where: str) -> RunnerUp:
-    if not isinstance(data, Mapping) or not {"layout", "step_s", "peak_gib"} <= set(data):
-        raise SchemaError(f"{where}, key 'runners_up': expected mappings with step_s, peak_gib and layout")
-    return RunnerUp(
-        layout=_read_layout(data["layout"], where), step_s=float(data["step_s"]), peak_bytes=float(data["peak_gib"]) * GIB
-    )
+    plain = json.loads(json.dumps(data, default=str, skipkeys=True))  # keys become text, which has an order
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

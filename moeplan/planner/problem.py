@@ -6,6 +6,7 @@ contradicts them before anything is priced.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.layout import DISPATCHERS, GRAPH_SCOPES, RECOMPUTE_MODULES, SHARDINGS, Layouts, mask_of
-from moeplan.costmodels.memory import reserve_bytes
+from moeplan.costmodels.memory import largest_peak_bytes, reserve_bytes
 from moeplan.costmodels.model import Model
 from moeplan.costmodels.workload import Workload
 from moeplan.errors import ProblemError, UsageError, nearest_hint
@@ -76,6 +77,8 @@ def _value(name: str, value: str, text: str) -> float | bool:
             number = float(value)
         except ValueError:
             raise UsageError(f"condition '{text}': '{value}' is not a number") from None
+        if not math.isfinite(number):
+            raise UsageError(f"condition '{text}': '{value}' is not a number")
         if name != "optimizer_offload" and number != int(number):
             raise UsageError(f"condition '{text}': {name} is a whole number, {value} is not")
         return number
@@ -127,8 +130,14 @@ class Problem:
                 f"sequence length {self.workload.seq_len} exceeds the {longest} positions of {self.model.name}",
                 hint=f"use --seq-len {longest} or less",
             )
-        if self.memory_limit_bytes < 0:
-            raise ProblemError(f"memory limit {format_bytes(self.memory_limit_bytes)} is negative")
+        if not 0 <= self.memory_limit_bytes < math.inf:
+            raise ProblemError(f"memory limit {format_bytes(self.memory_limit_bytes)}: 0 (no limit) or more is needed")
+        for name in ("imbalance", "capacity_factor"):
+            if self.model.moe is not None and getattr(self.workload, name) > self.model.moe.experts:
+                raise ProblemError(
+                    f"{name}={getattr(self.workload, name):g} exceeds the {self.model.moe.experts} experts of "
+                    f"{self.model.name}: no rank receives more than all tokens"
+                )
 
     @property
     def device_bytes(self) -> float:
@@ -136,9 +145,18 @@ class Problem:
         whole = self.profile.cluster.device.memory_bytes
         return min(self.memory_limit_bytes, whole) if self.memory_limit_bytes else whole
 
+    @property
+    def peak_limit_bytes(self) -> float:
+        """The largest peak allocation that fits."""
+        return largest_peak_bytes(self.device_bytes)
+
     def excess_bytes(self, peak: Any) -> Any:
         """How far a peak allocation, with what must stay free beside it, exceeds the device; negative: it fits."""
         return peak + reserve_bytes(peak) - self.device_bytes
+
+    def pinned(self, field: str) -> list[float | bool]:
+        """The value that pins ask of a field; none where no pin names it with "="."""
+        return list(dict.fromkeys(c.value for c in self.pins if c.field == field and c.operation in ("=", "==")))[:1]
 
     def allowed_values(self, field: str, values: Sequence[int]) -> list[int]:
         """The values of one field that meet its pins and no forbidden condition on it."""

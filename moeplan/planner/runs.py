@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from moeplan.costmodels.layout import DISPATCHERS, GRAPH_SCOPES, RECOMPUTE_MODULES, Layout
+from moeplan.costmodels.layout import Layout
 from moeplan.costmodels.model import Model
 from moeplan.costmodels.model_catalog import load_model
 from moeplan.costmodels.stages import balanced_split, check_split
 from moeplan.costmodels.workload import Era, Workload, era_at, load_era, load_precision
 from moeplan.errors import MoeplanError
+from moeplan.planner import cells
+from moeplan.planner.cells import Unsupported, month_of
 from moeplan.profiles.hardware import Cluster, load_cluster
 
 T = TypeVar("T")
@@ -27,7 +29,9 @@ T = TypeVar("T")
 REQUIRED_COLUMNS = ("id", "model", "gpu", "num_gpus", "seq_len", "gbs", "tp", "pp")
 """Columns without which no row can be priced."""
 
-_MONTHS = {m: i + 1 for i, m in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split())}
+SURPLUS = "cells without a column"
+"""Key of what a row has beyond the columns of its table."""
+
 _FOLDING = "2025-01"
 """Month from which Megatron-Core folds expert parallelism freely over the dense grid (arXiv:2504.14960)."""
 
@@ -45,32 +49,14 @@ class Run:
     """Defaults that stand for blank cells; none: the row is `ok`."""
 
 
-class Unsupported(MoeplanError):
-    """A row that cannot be priced; the message is its reason."""
-
-
 def read_run(row: Mapping[str, str]) -> Run:
     """The run of one row; raises `Unsupported` with the reason where it cannot be priced."""
-    return _Reader(row).run()
-
-
-def run_month(text: str) -> str | None:
-    """The month ("2025-04") that a source's description points to: a release, a date or a paper; None if nothing does."""
-    if match := re.search(r"\b(20[12]\d)-(0[1-9]|1[0-2])\b", text):
-        return f"{match[1]}-{match[2]}"
-    if match := re.search(r"(?<![\d.])v?(2[3-9])\.(0[1-9]|1[0-2])(?!\d)", text):
-        return f"20{match[1]}-{match[2]}"
-    if match := re.search(r"\b([A-Z][a-z]{2})[a-z]* (20[12]\d)\b", text):
-        month = _MONTHS.get(match[1].lower())
-        if month:
-            return f"{match[2]}-{month:02d}"
-    if match := re.search(r"arXiv:(\d\d)(0[1-9]|1[0-2])\.", text):
-        return f"20{match[1]}-{match[2]}"
-    if match := re.search(r"v5\.(\d)", text):  # MLPerf Training rounds of June and November 2025
-        return "2025-06" if match[1] == "0" else "2025-10"
-    if match := re.search(r"\b(20[12]\d)\b", text):
-        return f"{match[1]}-06"
-    return None
+    try:
+        return _Reader(row).run()
+    except Unsupported:
+        raise
+    except MoeplanError as error:
+        raise Unsupported(str(error)) from None
 
 
 class _Reader:
@@ -83,6 +69,8 @@ class _Reader:
         self.notes = self.other + "; " + self.row.get("notes", "")
 
     def run(self) -> Run:
+        if surplus := self.row.get(SURPLUS):
+            raise Unsupported(f"the row has more cells than the table has columns: '{surplus}'")
         for name in ("model", "gpu", "num_gpus", "seq_len", "gbs"):
             if not self.row.get(name):
                 raise Unsupported(f"{name} is not given")
@@ -106,66 +94,73 @@ class _Reader:
         self.remarks.append(f"{what}: assumed {value if value != () else 'none'}")
         return value
 
-    def _integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def _integer(self, name: str, default: int | None = None) -> int:
         text = self.row.get(name, "")
-        if not text:
-            if default is None:
-                raise Unsupported(f"{name} is not given")
-            return self._assume(name, default)
-        try:
-            value = float(text)
-        except ValueError:
-            raise Unsupported(f"{name}='{text}' is not a number") from None
-        if value != int(value) or value < least:
-            raise Unsupported(f"{name}={text} is not a whole number of at least {least}")
-        return int(value)
+        if text:
+            return cells.whole_number(name, text)
+        if default is None:
+            raise Unsupported(f"{name} is not given")
+        return self._assume(name, default)
+
+    def _switch(self, name: str, default: bool, matters: bool) -> bool:
+        """Yes or no; a blank is worth a remark where it `matters`."""
+        if text := self.row.get(name, ""):
+            return cells.switch(name, text)
+        if matters:
+            self._assume(name, "yes" if default else "no")
+        return default
+
+    def _noted(self, result: tuple[T, str]) -> T:
+        """The value of a cell; its remark, if any, is kept."""
+        if result[1]:
+            self.remarks.append(result[1])
+        return result[0]
 
     def _era(self) -> Era:
         text = " ".join(self.row.get(k, "") for k in ("era", "source", "source_ref", "id"))
         if name := self.row.get("era"):
-            return _era(name)
-        month = run_month(text)
+            return load_era(name)
+        month = month_of(text)
         if month is None:
-            return _era(self._assume("era", load_era("latest").name))
+            return load_era(self._assume("era", load_era("latest").name))
         return era_at(month)
 
     @property
     def _month(self) -> str:
-        return run_month(" ".join(self.row.get(k, "") for k in ("source", "source_ref", "id"))) or "2026-06"
+        return month_of(" ".join(self.row.get(k, "") for k in ("source", "source_ref", "id"))) or "2026-06"
 
     def _model(self) -> Model:
-        try:
-            model = _model(self.row["model"])
-        except MoeplanError as error:
-            raise Unsupported(str(error)) from None
-        if re.search(r"\bMTP=0|no MTP|w/o MTP", self.notes):
+        model = _model(self.row["model"])
+        if re.search(r"\bMTP ?= ?0\b|\b(no|w/o|without) MTP\b|\bMTP (off|disabled)", self.notes, re.IGNORECASE):
             model = replace(model, mtp=())
         return model
 
     def _cluster(self) -> Cluster:
-        gpus = self._integer("num_gpus")
-        try:
-            cluster = _cluster(self.row["gpu"], gpus)
-            domain = self._integer("gpus_per_node", cluster.domain_gpus)
-            return replace(cluster, domain_gpus=domain) if domain != cluster.domain_gpus else cluster
-        except MoeplanError as error:
-            raise Unsupported(str(error)) from None
+        gpu, gpus = self.row["gpu"], self._integer("num_gpus")
+        usual = _cluster(gpu, 1)
+        domain = self._integer("gpus_per_node", usual.domain_gpus)
+        if domain == usual.domain_gpus:
+            return _cluster(gpu, gpus)
+        if usual.domain_gpus == usual.gpus_per_node:  # a domain is a host: hosts of another size
+            nics = max(1, usual.nics_per_node * domain // usual.gpus_per_node)
+            return replace(usual, gpus_per_node=domain, nics_per_node=nics, domain_gpus=domain, gpus=min(domain, gpus)).resized(
+                gpus
+            )
+        return replace(usual, domain_gpus=domain).resized(gpus)
 
     def _workload(self, era: Era, model: Model) -> Workload:
         name = self.row.get("precision") or self._assume("precision", "bf16")
-        try:
-            precision = load_precision(name)
-        except MoeplanError as error:
-            raise Unsupported(str(error)) from None
+        precision = load_precision(name)
         if name.lower() == "fp8":
             self.remarks.append("precision: fp8 does not say how it scales, assumed per-tensor scaling")
         source = self.row.get("source", "").lower()
         tuned = "mlperf" in source or "megatron-bridge" in source
         gradient = 2 if tuned and "FP32" not in self.notes else 4
         moments = 2 if re.search(r"adam_moments=bfloat16|BF16 Adam moments", self.notes) else 4
-        padded = re.search(r"rank_capacity_factor=([0-9.]+)", self.other)
-        drop = re.search(r"capacity(?: factor)?[ =]+([0-9.]+)", self.other)
-        real = model.moe is not None and re.search(r"real (routing|SFT|data|C4)|unforced", self.notes) is not None
+        padded = "rank_capacity_factor" in self.other
+        drop = cells.capacity_factor(self.other) if model.moe is not None else 0.0
+        unforced = r"real (routing|SFT|data|C4)|unforced|not forced|without forc|natural routing"
+        real = model.moe is not None and re.search(unforced, self.notes, re.IGNORECASE) is not None
         return Workload(
             seq_len=self._integer("seq_len"),
             global_batch=self._integer("gbs"),
@@ -174,13 +169,16 @@ class _Reader:
             gradient_bytes=gradient,
             moment_bytes=moments,
             imbalance=self._assume("routing imbalance of real data", 1.1) if real and not drop else 1.0,
-            capacity_factor=0.0 if padded or not drop else float(drop[1]),
+            capacity_factor=0.0 if padded else drop,
         )
 
     def _layout(self, model: Model, cluster: Cluster, workload: Workload) -> Layout:
         kind = self.row.get("dp_type", "")
-        fsdp = kind in ("fsdp", "megatron-fsdp", "zero3") or "fsdp=" in self.other
-        degree = 1 if fsdp else None
+        if "fsdp=" in self.other:
+            sharding = "fsdp"
+        else:
+            sharding = self._noted(cells.sharding(kind)) if kind else cells.sharding(self._assume("dp_type", "dist-opt"))[0]
+        degree = 1 if sharding == "fsdp" else None
         tp, pp = self._integer("tp", degree), self._integer("pp", degree)
         cp = self._integer("cp", 1)
         if cluster.gpus % (tp * cp * pp):
@@ -191,18 +189,17 @@ class _Reader:
             raise Unsupported(f"etp*ep = {etp}*{ep} = {etp * ep} does not divide the {tp * cp * dp} GPUs of a stage")
         split, vpp = self._split(model, workload, pp)
         micro = self._micro_batch(workload, dp)
-        sp = self.row.get("sequence_parallel", "")
         return Layout(
             tp=tp, cp=cp, pp=pp, vpp=vpp, dp=dp, ep=ep, etp=etp, edp=tp * cp * dp // (etp * ep),
             micro_batch=micro,
-            sequence_parallel=sp.lower() in ("yes", "true", "1") if sp else tp > 1,
-            sharding="fsdp" if fsdp else "ddp" if kind == "ddp" else "optimizer",
-            recompute=self._recompute(),
+            sequence_parallel=self._switch("sequence_parallel", tp > 1, tp > 1),
+            sharding=sharding,  # type: ignore[arg-type]
+            recompute=self._listed("recompute"),
             dispatcher=self._dispatcher(model, workload.era) if model.moe else "none",  # type: ignore[arg-type]
-            ep_overlap=self.row.get("a2a_overlap", "") == "yes",
+            ep_overlap=self._switch("a2a_overlap", False, ep > 1),
             tp_overlap=self._tp_overlap(model, tp),
             dp_overlap="no overlap" not in self.other,
-            cuda_graphs=self._graphs(),
+            cuda_graphs=self._listed("cuda_graphs"),
             optimizer_offload=self._offload(),
             stages=split,
         )  # fmt: skip
@@ -223,11 +220,11 @@ class _Reader:
         vpp = self._integer("vpp", whole if pp > 1 else 1)
         if pp == 1:
             vpp = 1
-        if match := re.search(r"pp_layout=([EtmL|*()0-9]+)", self.other):
-            problem = check_split(match[1], layers, len(model.mtp), pp, vpp)
+        if written := cells.written_split(self.other):
+            problem = check_split(written, layers, len(model.mtp), pp, vpp)
             if problem:
-                raise Unsupported(f"pp_layout '{match[1]}' does not fit: {problem}")
-            return match[1], vpp
+                raise Unsupported(f"pp_layout '{written}' does not fit: {problem}")
+            return written, vpp
         if layers % (pp * vpp) == 0:
             return "", vpp
         if pp * vpp > layers + 2:
@@ -242,45 +239,17 @@ class _Reader:
             raise Unsupported(f"global batch {workload.global_batch} is not a multiple of mbs*dp = {micro}*{dp} = {micro * dp}")
         return micro
 
-    def _recompute(self) -> tuple[str, ...]:
-        text = self.row.get("recompute", "").lower()
+    def _listed(self, name: str) -> tuple[str, ...]:
+        """Modules that are recomputed, or scopes that CUDA graphs cover."""
+        text = self.row.get(name, "")
         if not text:
-            return self._assume("recompute", ())
-        if text == "none":
-            return ()
-        if text.startswith("full"):
-            if "block" in text:
-                self.remarks.append(f"recompute '{text}': priced as full recompute of every layer")
-            return ("full",)
-        if "op-level" in text:
-            self.remarks.append("recompute of single operations: priced as core attention")
-            return ("core_attn",)
-        if "core_attn (" in text or "(core_attn)" in text:
-            return ("core_attn",)
-        names = tuple(n.strip() for n in text.split("+"))
-        unknown = [n for n in names if n not in RECOMPUTE_MODULES]
-        if unknown:
-            raise Unsupported(f"recompute module '{unknown[0]}' is not known")
-        return names
-
-    def _graphs(self) -> tuple[str, ...]:
-        text = self.row.get("cuda_graphs", "").lower()
-        if not text:
-            return self._assume("CUDA graphs", ())
-        if text == "none":
-            return ()
-        names = tuple(text.split(":")[-1].split("+"))
-        unknown = [n for n in names if n not in GRAPH_SCOPES]
-        if unknown:
-            raise Unsupported(f"CUDA graph scope '{unknown[0]}' is not known")
-        return names
+            return self._assume("CUDA graphs" if name == "cuda_graphs" else name, ())
+        return self._noted(cells.recompute_modules(text)) if name == "recompute" else cells.graph_scopes(text)
 
     def _dispatcher(self, model: Model, era: Era) -> str:
-        text = self.row.get("dispatcher", "").lower()
-        if text:
-            if text not in DISPATCHERS:
-                raise Unsupported(f"dispatcher '{text}' is not known")
-            return text
+        text = self.row.get("dispatcher", "")
+        if text and text.lower() != "none":
+            return cells.dispatcher(text)
         grouped = model.moe is not None and model.moe.groups > 1
         known = [("hybridep", True), ("deepep", grouped), ("alltoall", True)]
         return self._assume("dispatcher", next(n for n, wanted in known if wanted and n in era.dispatchers))
@@ -291,12 +260,8 @@ class _Reader:
         return "TP_COMM_OVERLAP=False" not in self.other
 
     def _offload(self) -> float:
-        text = self.row.get("offload", "").lower()
-        if "activation" in text:
-            self.remarks.append("offload of activations is not modelled")
-        if match := re.search(r"optimizer.*fraction ([0-9.]+)", text):
-            return float(match[1])
-        return 1.0 if "optimizer" in text else 0.0
+        text = self.row.get("offload", "")
+        return self._noted(cells.offloaded_states(text or self._assume("offload", "none")))
 
 
 @functools.lru_cache(maxsize=256)
@@ -307,13 +272,6 @@ def _model(name: str) -> Model:
 @functools.lru_cache(maxsize=256)
 def _cluster(gpu: str, gpus: int) -> Cluster:
     return load_cluster(f"{gpu}x{gpus}")
-
-
-def _era(name: str) -> Era:
-    try:
-        return load_era(name)
-    except MoeplanError as error:
-        raise Unsupported(str(error)) from None
 
 
 def group_key(run: Run) -> tuple[Any, ...]:

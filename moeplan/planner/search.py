@@ -61,7 +61,7 @@ class Search:
     priced: int = 0
     """Layouts priced exactly, time and memory."""
     bound_s: float = 0.0
-    """No layout that was not priced can be faster than this; at least the k-th best step time when the search is complete."""
+    """No plan beside the best can be faster than this: the k-th best step time or the limit; infinite if there is no other."""
     nearest_excess_bytes: float = np.inf
     """By how much the smallest layout that memory forbids misses the device."""
 
@@ -108,7 +108,7 @@ class _Search:
                 self.progress(start, len(groups))
         self._reject(SLOWER, (len(groups) - start) * per_group)
         found.best = sorted(self.by_identity.values(), key=lambda c: c.step_s)[: self.keep]
-        found.bound_s = float(bound[start]) if start < len(groups) else np.inf
+        found.bound_s = min(self._limit(), float(bound[start]) if start < len(groups) else np.inf)
         return found
 
     def _limit(self) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 from moeplan.errors import ProblemError
 from moeplan.planner.plan import Certificate, Plan, RunnerUp, price_plan
 from moeplan.planner.problem import Problem
-from moeplan.planner.search import Search, search
+from moeplan.planner.search import Candidate, Search, search
 from moeplan.profiles.profile import nominal
 from moeplan.units import HOUR_S
 
@@ -66,8 +66,13 @@ def solve(
     started = time.perf_counter()
     if objective == "throughput":
         found = search(problem, keep, progress)
-        return _solution(problem, [(problem, found)], found, started)
+        solution = _solution([(problem, c) for c in found.best], found, started)
+        if solution.plans:
+            return solution
+        gpus = _gpus_that_fit(problem, found)
+        return dataclasses.replace(solution, gpus_that_fit=gpus, seconds=time.perf_counter() - started)
     reach = min(target_step_s, problem.workload.tokens / target_tokens_per_s if target_tokens_per_s else np.inf)
+    reach = np.nextafter(reach, np.inf)  # a search finds what is below its limit; the target itself will do
     if objective == "gpus" and not np.isfinite(reach):
         raise ProblemError("objective 'gpus' needs a target", hint="give --target-step-time or --target-tokens-per-s")
     if objective == "cost" and not problem.profile.cluster.price_per_gpu_hour:
@@ -98,35 +103,33 @@ def _over_counts(
     problem: Problem, objective: Objective, keep: int, reach: float, started: float, progress: Progress | None
 ) -> Solution:
     counts = gpu_counts(problem)
-    best: list[tuple[Problem, Search]] = []
-    best_rate = 0.0  # tokens per second and GPU, the inverse of cost
+    best: list[tuple[Problem, Candidate]] = []
     totals = Search()
     for place, gpus in enumerate(counts):
         sized = resized(problem, gpus)
         limit = reach
-        if objective == "cost" and best_rate:
-            limit = min(limit, problem.workload.tokens / (best_rate * gpus))
-        found = search(sized, keep if objective == "gpus" else 1, limit_s=limit)
+        if objective == "cost" and len(best) == keep:
+            limit = min(limit, _gpu_seconds(*best[-1]) / gpus)
+        found = search(sized, keep, limit_s=limit)
         totals.considered += found.considered
         totals.priced += found.priced
         totals.rejected += found.rejected
         totals.nearest_excess_bytes = min(totals.nearest_excess_bytes, found.nearest_excess_bytes)
         if progress is not None:
             progress(place + 1, len(counts))
-        if not found.best:
-            continue
-        best.append((sized, found))
-        if objective == "gpus":
+        best += [(sized, c) for c in found.best]
+        if objective == "gpus" and best:
             break
-        best_rate = max(best_rate, problem.workload.tokens / (found.best[0].step_s * gpus))
-    if objective == "cost":
-        best.sort(key=lambda pf: pf[0].profile.cluster.gpus * pf[1].best[0].step_s)
-        best = best[:keep]
-    return dataclasses.replace(_solution(problem, best, totals, started), counts=tuple(counts))
+        best = sorted(best, key=lambda found: _gpu_seconds(*found))[:keep]
+    return dataclasses.replace(_solution(best, totals, started), counts=tuple(counts))
 
 
-def _solution(problem: Problem, found: list[tuple[Problem, Search]], totals: Search, started: float) -> Solution:
-    candidates = [(sized, c) for sized, result in found for c in result.best]
+def _gpu_seconds(problem: Problem, candidate: Candidate) -> float:
+    """GPU time of a step, which cost is in proportion to."""
+    return problem.profile.cluster.gpus * candidate.step_s
+
+
+def _solution(candidates: list[tuple[Problem, Candidate]], totals: Search, started: float) -> Solution:
     seconds = time.perf_counter() - started
     certificate = Certificate(
         status="optimal",
@@ -154,7 +157,6 @@ def _solution(problem: Problem, found: list[tuple[Problem, Search]], totals: Sea
         priced=totals.priced,
         seconds=seconds,
         nearest_excess_bytes=totals.nearest_excess_bytes,
-        gpus_that_fit=0 if plans else _gpus_that_fit(problem, totals),
     )
 
 

@@ -22,6 +22,9 @@ from moeplan.costmodels.model import LatentAttention, Mlp
 from moeplan.costmodels.stages import balanced_split, format_split
 from moeplan.planner.problem import Problem
 
+NOT_SEARCHED = ("sharding", "sequence_parallel", "dp_overlap", "cuda_graphs", "optimizer_offload")
+"""Fields with one value in the whole space: the one that is pinned, else the one that a search starts from."""
+
 
 def divisors(n: int) -> list[int]:
     """All divisors of `n`, ascending."""
@@ -32,7 +35,7 @@ def divisors(n: int) -> list[int]:
 def degree_grid(problem: Problem) -> Layouts:
     """Every pair of a dense and an expert grid over the GPUs that pins and forbidden conditions on degrees leave.
 
-    Other fields have the values that a search starts from.
+    Other fields have the values that a search starts from: what is pinned, else what suits most models.
     """
     world = problem.profile.cluster.gpus
     has_experts = problem.model.moe is not None
@@ -47,12 +50,14 @@ def degree_grid(problem: Problem) -> Layouts:
     tp, cp, dp, pp_, etp, ep, edp = np.concatenate([*columns, np.empty((0, 7), np.int64)]).astype(np.int64).T.copy()
     n = len(tp)
     no, yes, zero = np.zeros(n, np.bool_), np.ones(n, np.bool_), np.zeros(n, np.int64)
-    return Layouts(
+    grid = Layouts(
         tp=tp, cp=cp, pp=pp_, vpp=zero + 1, dp=dp, ep=ep, etp=etp, edp=edp, micro_batch=zero + 1,
         sequence_parallel=tp > 1, sharding=zero + SHARDINGS.index("optimizer"), recompute=zero,
         dispatcher=zero + DISPATCHERS.index("alltoall" if has_experts else "none"),
         ep_overlap=no, tp_overlap=no, dp_overlap=yes, cuda_graphs=zero, optimizer_offload=np.zeros(n), split=zero,
     )  # fmt: skip
+    fixed = {name: value for name in NOT_SEARCHED for value in problem.pinned(name)}
+    return grid.with_columns(**{name: np.full(n, value, getattr(grid, name).dtype) for name, value in fixed.items()})
 
 
 def _pairs(problem: Problem, stage: int, first: str, second: str, rest: str) -> Any:
@@ -127,13 +132,14 @@ def feature_options(problem: Problem) -> dict[str, Sequence[Any]]:
     rows = list(
         itertools.product([DISPATCHERS.index(d) for d in era.dispatchers], [False, True] if era.ep_overlap else [False])
     )
-    return {"dispatcher": [r[0] for r in rows], "ep_overlap": [r[1] for r in rows], "tp_overlap": [False] * len(rows)}
+    overlap = any(problem.pinned("tp_overlap"))
+    return {"dispatcher": [r[0] for r in rows], "ep_overlap": [r[1] for r in rows], "tp_overlap": [overlap] * len(rows)}
 
 
 def recompute_sets(problem: Problem) -> list[int]:
     """Masks of every set of modules that saves memory in this model, and of whole layers; the empty set first.
 
-    Core attention is left out: fused attention keeps no scores, so there is nothing to save.
+    Core attention is left out: fused attention keeps no scores, so there is nothing to save. A set that is pinned is in.
     """
     model = problem.model
     modules = ["layernorm"] if any(separate_norm(b) for b in model.blocks) else []
@@ -152,7 +158,8 @@ def recompute_sets(problem: Problem) -> list[int]:
             masks.append(mask_of((*chosen, *within), RECOMPUTE_MODULES))
         if inside:
             masks.append(mask_of((*chosen, "moe"), RECOMPUTE_MODULES))
-    return [*masks, mask_of(["full"], RECOMPUTE_MODULES)]
+    masks.append(mask_of(["full"], RECOMPUTE_MODULES))
+    return [*masks, *(int(mask) for mask in problem.pinned("recompute") if mask not in masks)]
 
 
 def _subsets(names: Sequence[str]) -> list[tuple[str, ...]]:

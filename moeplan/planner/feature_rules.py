@@ -1,0 +1,195 @@
+"""What Megatron refuses of dispatchers, overlaps, CUDA graphs and recompute (megatron-core 0.19.2), as `Rule`s.
+
+The conditions stand in its argument checks, configuration classes and schedules; those that are not Megatron's say whose they
+are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeplan.costmodels.layout import GRAPH_SCOPES, RECOMPUTE_MODULES, Layouts, mask_of
+from moeplan.costmodels.model import Attention, LatentAttention, Mlp
+from moeplan.planner.problem import Problem
+from moeplan.planner.rules import Rule, blocks
+
+
+def _tensor_overlap(p: Problem, x: Layouts) -> Any:
+    return x.tp_overlap & ~(x.sequence_parallel & (x.tp > 1))
+
+
+def _dispatcher(p: Problem, x: Layouts) -> Any:
+    none = x.dispatches_with("none")
+    return none if p.model.moe is not None else ~none
+
+
+def _dispatcher_era(p: Problem, x: Layouts) -> Any:
+    return ~x.dispatches_with("none", *p.workload.era.dispatchers)
+
+
+def _dispatcher_vendor(p: Problem, x: Layouts) -> Any:
+    return x.dispatches_with("deepep", "hybridep") & (p.profile.cluster.device.vendor != "nvidia")
+
+
+def _deepep_group(p: Problem, x: Layouts) -> Any:
+    return x.dispatches_with("deepep") & (x.etp * x.ep == 1)
+
+
+def _overlap_experts(p: Problem, x: Layouts) -> Any:
+    return x.ep_overlap & ((x.ep == 1) | ~x.dispatches_with("alltoall", "deepep", "hybridep"))
+
+
+def _overlap_pipeline(p: Problem, x: Layouts) -> Any:
+    return x.ep_overlap & (x.pp > 1) & (x.vpp == 1)
+
+
+def _overlap_prediction(p: Problem, x: Layouts) -> Any:
+    return x.ep_overlap & (len(p.model.mtp) > 1)
+
+
+def _overlap_fsdp(p: Problem, x: Layouts) -> Any:
+    by_layer = (x.cuda_graphs != 0) & ~x.graphs("full_iteration")
+    return x.ep_overlap & x.shards_as("fsdp") & ((x.vpp > 1) | by_layer)
+
+
+def _overlap_bias(p: Problem, x: Layouts) -> Any:
+    biased = any(b.qkv_bias for b in blocks(p.model, Attention))
+    return x.ep_overlap & x.dp_overlap & x.graphs("attn") & biased
+
+
+def _overlap_era(p: Problem, x: Layouts) -> Any:
+    return x.ep_overlap & (not p.workload.era.ep_overlap)
+
+
+def _graph_era(p: Problem, x: Layouts) -> Any:
+    return (x.cuda_graphs & ~mask_of(p.workload.era.graph_scopes, GRAPH_SCOPES)) != 0
+
+
+def _graph_scopes(p: Problem, x: Layouts) -> Any:
+    # In a hybrid with experts Megatron takes every feed-forward layer for one of experts.
+    dense = bool(blocks(p.model, Mlp)) and not (p.model.is_hybrid and p.model.moe is not None)
+    out = x.graphs("moe_preprocess") & ~x.graphs("moe_router")
+    out = out | x.graphs("moe") | x.graphs("mlp") & (not dense)
+    out = out | (x.graphs("moe_router") | x.graphs("moe_preprocess")) & (p.model.moe is None)
+    return out | x.graphs("full_iteration") & (x.cuda_graphs != mask_of(["full_iteration"], GRAPH_SCOPES))
+
+
+def _graph_capacity(p: Problem, x: Layouts) -> Any:
+    return x.graphs("moe_preprocess") & x.dispatches_with("alltoall") & (p.workload.capacity_factor > 0)
+
+
+def _overlap_graphs(p: Problem, x: Layouts) -> Any:
+    return x.ep_overlap & (x.graphs("moe") | x.graphs("mlp"))
+
+
+def _overlap_recompute(p: Problem, x: Layouts) -> Any:
+    return x.ep_overlap & (x.recomputes("full") | x.recomputes("moe"))
+
+
+def _full_alone(p: Problem, x: Layouts) -> Any:
+    return x.recomputes("full") & (x.recompute != mask_of(["full"], RECOMPUTE_MODULES))
+
+
+def _recompute_blocks(p: Problem, x: Layouts) -> Any:
+    out = x.recomputes("mla_up_proj") & (not blocks(p.model, LatentAttention))
+    return out | x.recomputes("moe_act") & (p.model.moe is None)
+
+
+def _recompute_delayed(p: Problem, x: Layouts) -> Any:
+    return (x.recomputes("moe_act") | x.recomputes("layernorm")) & (p.workload.precision.name == "fp8-delayed")
+
+
+def _recompute_graphs(p: Problem, x: Layouts) -> Any:
+    scoped = (x.cuda_graphs != 0) & ~x.graphs("full_iteration")
+    return scoped & x.recomputes("full") | x.graphs("moe_router") & x.recomputes("moe")
+
+
+FEATURE_RULES: tuple[Rule, ...] = (
+    Rule(
+        "graph-era", "degrees", "CUDA graph scopes exist in the software era (ours)", _graph_era,
+        lambda p, x: f"CUDA graphs over {'+'.join(x.cuda_graphs)} do not exist in era {p.workload.era.name}",
+        "choose a later --era",
+    ),
+    Rule(
+        "graph-scopes", "degrees",
+        "graph scopes fit the model: mlp needs dense layers, moe_preprocess needs moe_router, dropless experts are not graphed",
+        _graph_scopes,
+        lambda p, x: f"CUDA graph scopes {'+'.join(x.cuda_graphs)} do not go together or not with {p.model.name}",
+    ),
+    Rule(
+        "tensor-overlap", "features", "tensor-parallel overlap needs sequence parallelism over tp > 1", _tensor_overlap,
+        lambda p, x: f"tp_overlap with tp={x.tp}, sequence_parallel={x.sequence_parallel}",
+    ),
+    Rule(
+        "dispatcher-model", "features", "a dispatcher is set exactly for models with experts (ours)", _dispatcher,
+        lambda p, x: f"dispatcher '{x.dispatcher}' for a model with{'out' if p.model.moe is None else ''} experts",
+    ),
+    Rule(
+        "dispatcher-era", "features", "the dispatcher exists in the software era (ours)", _dispatcher_era,
+        lambda p, x: f"dispatcher '{x.dispatcher}' does not exist in era {p.workload.era.name}", "choose a later --era",
+    ),
+    Rule(
+        "dispatcher-vendor", "features", "DeepEP and HybridEP run on NVIDIA devices (ours)", _dispatcher_vendor,
+        lambda p, x: f"dispatcher '{x.dispatcher}' does not run on {p.profile.cluster.device.name}", "use alltoall",
+    ),
+    Rule(
+        "deepep-group", "features", "DeepEP needs etp * ep > 1", _deepep_group,
+        lambda p, x: f"dispatcher 'deepep' with etp*ep = {x.etp}*{x.ep}", "use alltoall",
+    ),
+    Rule(
+        "graph-capacity", "features", "a graphed moe_preprocess with alltoall excludes a capacity factor", _graph_capacity,
+        lambda p, x: f"CUDA graphs over moe_preprocess with alltoall and capacity factor {p.workload.capacity_factor:g}",
+    ),
+    Rule(
+        "overlap-experts", "features", "expert overlap needs ep > 1 and a dispatcher other than allgather", _overlap_experts,
+        lambda p, x: f"ep_overlap with ep={x.ep} and dispatcher '{x.dispatcher}'",
+    ),
+    Rule(
+        "overlap-pipeline", "features", "expert overlap with pp > 1 needs virtual stages", _overlap_pipeline,
+        lambda p, x: f"ep_overlap with pp={x.pp} and vpp={x.vpp}", "use vpp > 1",
+    ),
+    Rule(
+        "overlap-prediction", "features", "expert overlap takes at most one prediction (MTP) layer", _overlap_prediction,
+        lambda p, x: f"ep_overlap with {len(p.model.mtp)} prediction layers",
+    ),
+    Rule(
+        "overlap-fsdp", "features", "expert overlap with FSDP takes no virtual stages and no CUDA graphs of single layers",
+        _overlap_fsdp,
+        lambda p, x: f"ep_overlap with FSDP, vpp={x.vpp} and CUDA graphs over {'+'.join(x.cuda_graphs) or 'nothing'}",
+    ),
+    Rule(
+        "overlap-bias", "features", "expert and gradient overlap with graphed attention exclude attention biases",
+        _overlap_bias,
+        lambda p, x: f"ep_overlap and dp_overlap with CUDA graphs over attn, but {p.model.name} has attention biases",
+        "leave attn out of the CUDA graphs",
+    ),
+    Rule(
+        "overlap-era", "features", "expert overlap exists in the software era (ours)", _overlap_era,
+        lambda p, x: f"ep_overlap does not exist in era {p.workload.era.name}", "choose a later --era",
+    ),
+    Rule(
+        "overlap-graphs", "features", "expert overlap excludes CUDA graphs over moe or mlp", _overlap_graphs,
+        lambda p, x: f"ep_overlap with CUDA graphs over {'+'.join(x.cuda_graphs)}",
+    ),
+    Rule(
+        "overlap-recompute", "recompute", "expert overlap excludes recompute of whole layers or of moe", _overlap_recompute,
+        lambda p, x: f"ep_overlap with recompute of {'+'.join(x.recompute)}",
+    ),
+    Rule(
+        "recompute-full", "recompute", "recompute of whole layers takes no module list", _full_alone,
+        lambda p, x: f"recompute of {'+'.join(x.recompute)}: 'full' stands alone",
+    ),
+    Rule(
+        "recompute-blocks", "recompute", "mla_up_proj needs latent attention, moe_act needs experts", _recompute_blocks,
+        lambda p, x: f"recompute of {'+'.join(x.recompute)}: {p.model.name} lacks what one of them names",
+    ),
+    Rule(
+        "recompute-delayed", "recompute", "delayed scaling excludes recompute of moe_act and layernorm", _recompute_delayed,
+        lambda p, x: f"recompute of {'+'.join(x.recompute)} with {p.workload.precision.name}",
+    ),
+    Rule(
+        "recompute-graphs", "recompute", "scoped CUDA graphs exclude full recompute, a graphed router recompute of moe",
+        _recompute_graphs,
+        lambda p, x: f"recompute of {'+'.join(x.recompute)} with CUDA graphs over {'+'.join(x.cuda_graphs)}",
+    ),
+)  # fmt: skip

@@ -1,0 +1,50 @@
+"""`moeplan explain`: where time and memory go, what binds, one step away."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moeplan.planner.plan import load_plan
+from tests.cli.conftest import Moeplan, question
+
+
+def test_everything_about_a_plan(moeplan: Moeplan, plan_file: Path) -> None:
+    end = moeplan("explain", plan_file)
+    assert (end.code, end.err) == (0, "")
+    for text in ("step time", "peak memory by pipeline stage", "what binds", "one step away", "tp 1 -> 2", "gap 0%"):
+        assert text in end.out
+
+
+def test_json(moeplan: Moeplan, plan_file: Path) -> None:
+    data = json.loads(moeplan("explain", plan_file, "--json").out)
+    assert data["binds"][0]["what"] == "memory"
+    assert {n["verdict"] for n in data["neighbours"]} <= {"faster", "slower", "too large", "refused"}
+    assert all((n["step_s"] is None) == bool(n["reason"]) for n in data["neighbours"])
+
+
+def test_against_another(moeplan: Moeplan, plan_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    assert moeplan("solve", *question(), "--pin", "tp=2", "-o", other).code == 0
+    end = moeplan("explain", plan_file, "--against", other)
+    assert end.code == 0 and "step time side by side" in end.out and "peak memory" in end.out
+    data = json.loads(moeplan("explain", plan_file, "--against", other, "--json").out)
+    assert data["other_step_s"] == pytest.approx(load_plan(other).step_s)
+    assert sum(p["this_s"] for p in data["parts"]) == pytest.approx(data["this_step_s"])
+    same = moeplan("explain", plan_file, "--against", plan_file)
+    assert same.code == 0 and "+0.0%" in same.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "Missing argument 'PLAN'"),
+        (["none.yaml"], 1, "plan file 'none.yaml' does not exist"),
+        (["PLAN", "--against", "none.yaml"], 1, "plan file 'none.yaml' does not exist"),
+        (["PLAN", "--againts", "PLAN"], 2, "Did you mean '--against'?"),
+        (["PLAN", "PLAN"], 2, "unexpected extra argument"),
+    ],
+)
+def test_wrong_use(moeplan: Moeplan, plan_file: Path, arguments: list[str], code: int, message: str) -> None:
+    end = moeplan("explain", *[plan_file if a == "PLAN" else a for a in arguments])
+    assert end.code == code and message in end.complaint and end.out == ""

@@ -1,0 +1,69 @@
+"""`moeplan export`: all files or none."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.conftest import Moeplan, question
+
+FILES = ["README.md", "megatron.args", "run_slurm.sbatch", "run_torchrun.sh"]
+
+
+def test_a_new_directory(moeplan: Moeplan, plan_file: Path, tmp_path: Path) -> None:
+    end = moeplan("export", plan_file, "--to", "megatron", "-d", tmp_path / "deep" / "launch")
+    made = tmp_path / "deep" / "launch"
+    assert end.code == 0 and sorted(p.name for p in made.iterdir()) == FILES
+    assert sorted(end.out.splitlines()) == sorted(str(made / name) for name in FILES)
+    assert os.access(made / "run_torchrun.sh", os.X_OK) and (made / "megatron.args").read_text()
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["launch"]
+
+
+def test_an_empty_directory(moeplan: Moeplan, plan_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    assert moeplan("export", plan_file, "-d", tmp_path / "launch").code == 0
+    assert sorted(p.name for p in (tmp_path / "launch").iterdir()) == FILES
+
+
+@pytest.mark.parametrize("name", ("full", "file", "dangling", "file/below", "x" * 300))
+def test_nothing_is_overwritten_or_left_half_done(moeplan: Moeplan, plan_file: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    end = moeplan("export", plan_file, "-d", tmp_path / name)
+    assert end.code == 1 and end.out == "" and end.complaint.startswith("error: ")
+    assert name[:50] in end.complaint and "hint: choose a" in end.complaint
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+    assert (tmp_path / "full" / "mine.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_plan_that_breaks_a_rule_is_refused(moeplan: Moeplan, plan_file: Path, tmp_path: Path) -> None:
+    data = yaml.safe_load(plan_file.read_text())
+    data["layout"] |= {"vpp": 3}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(data))
+    end = moeplan("export", tmp_path / "plan.yaml", "-d", tmp_path / "launch")
+    assert end.code == 1 and "vpp=3" in end.complaint and "(rule virtual-stages)" in end.complaint
+    assert not (tmp_path / "launch").exists()
+
+
+def test_a_plan_that_does_not_fit_comes_with_a_note(moeplan: Moeplan, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    assert moeplan("estimate", *question(model="mixtral-8x7b"), "--ep", "8", "-o", plan).code == 0
+    end = moeplan("export", plan, "-d", tmp_path / "launch")
+    assert end.code == 0 and "note: the plan is predicted to exceed the device by" in end.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["PLAN"], 2, "Missing option '-d'"),
+        (["PLAN", "-d", "x", "--to", "deepspede"], 2, "'deepspede' is not 'megatron'"),
+        (["none.yaml", "-d", "x"], 1, "plan file 'none.yaml' does not exist"),
+    ],
+)
+def test_wrong_use(moeplan: Moeplan, plan_file: Path, arguments: list[str], code: int, message: str) -> None:
+    end = moeplan("export", *[plan_file if a == "PLAN" else a for a in arguments])
+    assert end.code == code and message in end.complaint and end.out == ""

@@ -1,0 +1,145 @@
+"""`moeplan solve`: what it prints, writes and returns."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moeplan.planner.plan import load_plan
+from tests.cli.conftest import Moeplan, question
+
+
+def test_a_table_the_shares_and_the_certificate(moeplan: Moeplan) -> None:
+    end = moeplan("solve", *question(top=2))
+    assert (end.code, end.err) == (0, "")
+    assert "mixtral-8x7b-4l-proxy on H100x8, 16 x 4096 tokens, bf16, era " in end.out
+    for text in ("step time", "layers/expert GEMM", "peak memory by pipeline stage", "gap 0%", "passed over: "):
+        assert text in end.out
+    assert [line[0] for line in end.out.splitlines() if line[:2] in ("1 ", "2 ", "3 ")] == ["1", "2"]
+
+
+def test_json_is_data_alone(moeplan: Moeplan) -> None:
+    end = moeplan("solve", *question(top=2), "--json")
+    data = json.loads(end.out)
+    assert (end.code, end.err, data["status"]) == (0, "", "optimal")
+    assert data["considered"] == sum(data["rejected"].values()) + data["priced"]
+    assert len(data["plans"]) == 2 and data["plans"][0]["schema"] == "moeplan.plan/1"
+    steps = [p["predicted"]["step_s"] for p in data["plans"]]
+    assert steps == sorted(steps)
+
+
+def test_the_best_plan_goes_to_a_file(moeplan: Moeplan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    shown = json.loads(moeplan("solve", *question(), "-o", path, "--json").out)["plans"][0]
+    plan = load_plan(path)
+    assert shown["layout"] == yaml.safe_load(path.read_text())["layout"] == yaml.safe_load(plan.text())["layout"]
+    end = moeplan("solve", *question(), "-o", path)
+    assert f"plan written to {path}; next: moeplan export {path} --to megatron -d launch" in end.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.yaml"]
+
+
+def test_pins_and_forbids(moeplan: Moeplan) -> None:
+    end = moeplan("solve", *question(), "--pin", "tp=2", "--pin", "recompute=none", "--forbid", "ep>4", "--top", "9", "--json")
+    layouts = [p["layout"] for p in json.loads(end.out)["plans"]]
+    assert layouts and all(x["tp"] == 2 and x["ep"] <= 4 and "recompute" not in x for x in layouts)
+
+
+def test_refined_plans_are_faster_and_say_so(moeplan: Moeplan, tmp_path: Path) -> None:
+    # The head of a small model with a large vocabulary weighs as much as layers do, which the search's splits see as FLOP only.
+    asked = [*question(model="qwen3-30b-a3b", cluster="h100x64", global_batch=512), "--pin", "pp=4", "--pin", "vpp=4"]
+    plain, path = json.loads(moeplan("solve", *asked, "--json").out)["plans"], tmp_path / "plan.yaml"
+    refined = json.loads(moeplan("solve", *asked, "--refine", "--json", "-o", path).out)["plans"]
+    steps = [p["predicted"]["step_s"] for p in refined]
+    assert steps == sorted(steps) and steps[0] < plain[0]["predicted"]["step_s"]
+    assert refined[0]["remarks"][0].startswith("layers split over the stages by their cost: -")
+    assert load_plan(path).layout.stages == refined[0]["layout"]["stages"]
+    assert "note: layers split over the stages by their cost" in moeplan("solve", *asked, "--refine").err
+
+
+def test_options_reach_the_plan(moeplan: Moeplan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    more = {"precision": "fp8-cs", "era": "te-2024", "gradients": "bf16", "moments": "bf16", "imbalance": 1.2,
+            "memory_limit": "60GiB", "price_per_gpu_hour": 2.5}  # fmt: skip
+    assert moeplan("solve", *question(**more), "-o", path).code == 0
+    plan = load_plan(path)
+    work = plan.problem.workload
+    assert (work.precision.name, work.era.name, work.gradient_bytes, work.moment_bytes, work.imbalance) == (
+        "fp8-cs", "te-2024", 2, 2, 1.2,
+    )  # fmt: skip
+    assert plan.problem.device_bytes == 60 * 2**30 and plan.problem.profile.cluster.price_per_gpu_hour == 2.5
+
+
+def test_without_prediction_layers(moeplan: Moeplan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    model = "deepseek-v3-2l-proxy"
+    whole = json.loads(moeplan("solve", *question(model=model), "--json").out)["plans"][0]["predicted"]["step_s"]
+    assert moeplan("solve", *question(model=model), "--no-mtp", "-o", path).code == 0
+    plan = load_plan(path)
+    assert plan.problem.model.mtp == () and plan.step_s < whole
+    end = moeplan("solve", *question(), "--no-mtp")
+    assert "note: mixtral-8x7b-4l-proxy has no prediction layers; --no-mtp changes nothing" in end.err
+
+
+@pytest.mark.parametrize("target", (["--target-step-time", "400ms"], ["--target-tokens-per-s", "160000"]))
+def test_fewest_gpus(moeplan: Moeplan, target: list[str]) -> None:
+    end = moeplan("solve", *question(cluster="h100x32"), "--objective", "gpus", *target, "--json")
+    plans = json.loads(end.out)["plans"]
+    assert {p["layout"]["world"] for p in plans} <= {8, 16, 24, 32}
+    assert all(p["predicted"]["step_s"] <= 0.4096 for p in plans)
+
+
+def test_least_cost_shows_sizes_and_prices(moeplan: Moeplan) -> None:
+    end = moeplan("solve", *question(cluster="h100x24", global_batch=48), "--objective", "cost", "--price-per-gpu-hour", "2")
+    assert end.code == 0 and "per 10^12 tok" in end.out
+    data = moeplan(
+        "solve", *question(cluster="h100x24", global_batch=48), "--objective", "cost", "--price-per-gpu-hour", "2", "--json"
+    )
+    plans = json.loads(data.out)["plans"]
+    spent = [p["layout"]["world"] * p["predicted"]["step_s"] for p in plans]
+    assert spent == sorted(spent)
+    assert ("GPUs" in end.out.splitlines()[1]) == (len({p["layout"]["world"] for p in plans}) > 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (question(model="mixtral-8x7b"), "the best layout of mixtral-8x7b misses the 79.6 GiB of a H100 by "),
+        (question(model="mixtral-8x7b"), "16 GPUs would do"),
+        (question(memory_limit="1GiB"), "the 1.0 GiB of a H100 by"),
+        (question(memory_limit="1GiB"), "up to 64 times the 8 GPUs do not help"),
+        ([*question(), "--pin", "tp=3"], "--pin and --forbid leave no layout of mixtral-8x7b-4l-proxy on 8 GPUs"),
+        ([*question(), "--pin", "mbs=3"], "is refused: "),
+        (question(global_batch=7, seq_len=4097), "every layout of mixtral-8x7b-4l-proxy on 8 GPUs is refused: "),
+        ([*question(), "--objective", "gpus", "--target-step-time", "1us"], "no size from 8 to 8 GPUs reaches the target"),
+        (
+            [*question(model="mixtral-8x7b", cluster="h100x8"), "--objective", "cost", "--price-per-gpu-hour", "1"],
+            "no size from 8 to 8 GPUs will do, the best layout of mixtral-8x7b misses the 79.6 GiB",
+        ),
+    ],
+)
+def test_no_plan_fits(moeplan: Moeplan, arguments: list[str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    end = moeplan("solve", *arguments, "-o", path)
+    assert end.code == 3 and end.out == ""
+    assert end.err.startswith("no plan fits: ") and end.err.count("\n") == 1 and message in end.err
+    assert not path.exists()
+
+
+def test_no_plan_fits_as_json(moeplan: Moeplan) -> None:
+    end = moeplan("solve", *question(model="mixtral-8x7b"), "--json")
+    data = json.loads(end.out)
+    assert end.code == 3 and (data["status"], data["plans"], data["gpus_that_fit"]) == ("infeasible", [], 16)
+
+
+def test_remarks_of_the_model_go_to_stderr(moeplan: Moeplan, tmp_path: Path) -> None:
+    config = {
+        "hidden_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "intermediate_size": 1024,
+        "vocab_size": 999,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    end = moeplan("solve", *question(model=tmp_path, global_batch=8), "--json")
+    assert end.code == 0 and end.err.startswith("note: the configuration names no model_type") and json.loads(end.out)
