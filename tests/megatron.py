@@ -20,7 +20,17 @@ from unittest import mock
 
 from tests.megatron_session import VERSION, session
 
-__all__ = ["VERSION", "Verdict", "accept", "build_counts", "build_parameters", "known_flags", "rank_groups"]
+__all__ = [
+    "VERSION",
+    "Verdict",
+    "accept",
+    "build_counts",
+    "build_parameters",
+    "estimates",
+    "known_flags",
+    "rank_groups",
+    "split_chunks",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +76,7 @@ def accept(
             stage = "groups"
             _initialize(megatron, args, world)
             stage = "layers"
-            layers = _layers(megatron, args, config)
+            layers = _layers(megatron, args, config, world)
             if build:
                 stage = "build"
                 for _ in _models(megatron, args, world):
@@ -111,6 +121,19 @@ def build_parameters(
         ]
 
 
+def estimates(
+    arguments: Sequence[str], world: int, *, environment: Mapping[str, str] | None = None, capability: tuple[int, int] = (9, 0)
+) -> tuple[float, float]:
+    """Megatron's own figures: FLOP of a step, and bytes of weights, gradients and optimizer states on the fullest rank."""
+    with session(world, environment or {}, capability, "2.14.0") as megatron:
+        args = _parse(megatron, arguments)
+        megatron.arguments.validate_args(args, {})
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
+        flops = megatron.training.num_floating_point_operations(args, args.global_batch_size)
+        return float(flops), float(megatron.theoretical_memory_usage.compute_weight_and_optimizer_memory(args))
+
+
 def known_flags() -> dict[str, Any]:
     """Every flag of Megatron's parser with its argparse action."""
     with session(1, {}, (9, 0), "2.14.0") as megatron:
@@ -135,6 +158,22 @@ def rank_groups(arguments: Sequence[str], world: int) -> dict[str, list[list[int
             "dp_cp": dense.get_ranks("dp-cp"), "pp": dense.get_ranks("pp"), "etp": expert.get_ranks("tp"),
             "ep": expert.get_ranks("ep"), "edp": expert.get_ranks("dp"), "tp_ep": expert.get_ranks("tp-ep"),
         }  # fmt: skip
+
+
+def split_chunks(texts: Sequence[str]) -> list[tuple[str, ...] | None]:
+    """Chunks of pipeline splits in layout letters, as Megatron reads them; None where it refuses the text."""
+    letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+    chunks: list[tuple[str, ...] | None] = []
+    with session(1, {}, (9, 0), "2.14.0") as megatron:
+        layout = megatron.pipeline_parallel_layer_layout.PipelineParallelLayerLayout
+        for text in texts:
+            try:
+                found = layout.parse_str_to_list(text)
+            except AssertionError:
+                chunks.append(None)
+            else:
+                chunks.append(tuple("".join(letters[layer.name] for layer in chunk) for chunk in found))
+    return chunks
 
 
 # The stages, each Megatron's own code.
@@ -206,10 +245,13 @@ def _initialize(megatron: Any, args: Any, world: int, rank: int = 0) -> None:
         )
 
 
-def _layers(megatron: Any, args: Any, config: Any) -> tuple[tuple[int, ...], ...]:
-    if args.hybrid_layer_pattern is not None:
-        return ()
+def _layers(megatron: Any, args: Any, config: Any, world: int) -> tuple[tuple[int, ...], ...]:
     chunks = args.virtual_pipeline_model_parallel_size
+    if args.hybrid_layer_pattern is not None:
+        return tuple(
+            tuple(_hybrid_layers(megatron, args, v if chunks else None) for v in range(chunks or 1))
+            for _ in _pipeline_ranks(megatron, args, world)
+        )
     layout = config.pipeline_model_parallel_layout
     counted = tuple(
         tuple(
@@ -225,6 +267,24 @@ def _layers(megatron: Any, args: Any, config: Any) -> tuple[tuple[int, ...], ...
     return counted
 
 
+def _hybrid_layers(megatron: Any, args: Any, chunk: int | None) -> int:
+    allocation = megatron.hybrid_layer_allocation
+    main = allocation.parse_hybrid_pattern(args.hybrid_layer_pattern).main_pattern
+    group = megatron.parallel_state.get_pipeline_model_parallel_group()
+    return len(allocation.select_pipeline_segment(main, group, chunk)[0])
+
+
+def _pipeline_ranks(megatron: Any, args: Any, world: int) -> Iterator[None]:
+    """Become the first rank of one pipeline stage after the other."""
+    stages = args.pipeline_model_parallel_size
+    ranks = world // stages
+    if args.use_tp_pp_dp_mapping:
+        ranks = args.tensor_model_parallel_size * args.context_parallel_size
+    for stage in range(stages):
+        _initialize(megatron, args, world, stage * ranks)
+        yield
+
+
 def _models(megatron: Any, args: Any, world: int) -> Iterator[list[Any]]:
     """The model chunks of the first rank of every pipeline stage, on the meta device."""
     import torch
@@ -234,12 +294,7 @@ def _models(megatron: Any, args: Any, world: int) -> Iterator[list[Any]]:
     utils = megatron.argument_utils
     describe = utils.hybrid_config_from_args if args.hybrid_layer_pattern is not None else utils.gpt_config_from_args
     args.init_model_with_meta_device, args.perform_initialization = True, False
-    stage_ranks = world // args.pipeline_model_parallel_size
-    first = [p * (1 if args.use_tp_pp_dp_mapping else stage_ranks) for p in range(args.pipeline_model_parallel_size)]
-    if args.use_tp_pp_dp_mapping:
-        first = [p * args.tensor_model_parallel_size * args.context_parallel_size for p in range(len(first))]
-    for rank in first:
-        _initialize(megatron, args, world, rank)
+    for _ in _pipeline_ranks(megatron, args, world):
         megatron.random.initialize_rng_tracker(force_reset=True)
         megatron.random.get_cuda_rng_tracker().fork = lambda *_, **__: contextlib.nullcontext()
         groups = megatron.process_groups_config.ProcessGroupCollection.use_mpu_process_groups()

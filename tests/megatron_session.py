@@ -28,7 +28,8 @@ _MACHINE = ("CUDA_", "NCCL_", "NVTE_", "PYTORCH_", "SLURM_", "RANK", "LOCAL_RANK
 _MODULES = (
     "training.arguments", "training.argument_utils", "training.training", "core.num_microbatches_calculator",
     "core.parallel_state", "core.process_groups_config", "core.transformer.transformer_block", "core.utils",
-    "core.tensor_parallel.random",
+    "core.tensor_parallel.random", "core.models.hybrid.hybrid_layer_allocation", "training.theoretical_memory_usage",
+    "core.transformer.pipeline_parallel_layer_layout",
 )  # fmt: skip
 
 

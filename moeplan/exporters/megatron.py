@@ -9,17 +9,19 @@ further arguments on, and the last occurrence of a flag wins.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import tempfile
 from pathlib import Path
 
 from moeplan._version import VERSION
-from moeplan.costmodels.model import LatentAttention, Model
+from moeplan.costmodels.model import Attention, LatentAttention, Model
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.errors import ExportError, FileError
 from moeplan.exporters.megatron_model import Flag, hybrid_pattern, model_arguments
 from moeplan.planner.constraints import violations
+from moeplan.planner.layout_rules import exchanges_heads
 from moeplan.planner.plan import Plan
 from moeplan.units import format_bytes, format_seconds
 
@@ -74,6 +76,13 @@ def environment(plan: Plan) -> dict[str, str]:
     return out
 
 
+def transformer_engine(plan: Plan) -> str:
+    """Least version of Transformer Engine that Megatron takes the arguments with."""
+    if plan.layout.ep_overlap and plan.layout.cuda_graphs:
+        return "2.12"
+    return "2.10" if plan.layout.sharding == "fsdp" else "2.8"
+
+
 def export(plan: Plan, directory: Path) -> list[Path]:
     """Write the files of a plan into a new directory, all or none; returns their paths."""
     texts = {
@@ -82,7 +91,7 @@ def export(plan: Plan, directory: Path) -> list[Path]:
         SLURM: _slurm_text(plan),
         README: _readme_text(plan),
     }
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if os.path.lexists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
         raise FileError(f"'{directory}' exists and is not an empty directory", hint="choose another directory")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +122,7 @@ def _layout_flags(plan: Plan) -> list[Flag]:
     if x.sequence_parallel and x.tp > 1:
         flags.append(("--sequence-parallel",))
     if x.cp > 1:
-        flags.append(("--cp-comm-type", _context_exchange(plan.problem.model)))
+        flags.append(("--cp-comm-type", _context_exchange(plan.problem.model, plan.problem.workload.seq_len)))
     if x.tp_overlap:
         flags.append(("--tp-comm-overlap",))
     if x.sharding != "ddp":
@@ -131,10 +140,12 @@ def _layout_flags(plan: Plan) -> list[Flag]:
     return flags
 
 
-def _context_exchange(model: Model) -> str:
-    """How context parallelism exchanges keys and values; sparse attention gathers them, all else takes them around a ring."""
-    sparse = any(isinstance(b, LatentAttention) and b.index_heads for b in model.blocks)
-    return "allgather" if sparse else "p2p"
+def _context_exchange(model: Model, seq_len: int) -> str:
+    """How context parallelism exchanges keys and values: around a ring where it can."""
+    if any(isinstance(b, LatentAttention) and b.index_heads for b in model.blocks):
+        return "allgather"
+    by_heads = any(isinstance(b, Attention) and exchanges_heads(b, seq_len) for b in model.blocks)
+    return "a2a" if by_heads else "p2p"
 
 
 def _split_flags(plan: Plan) -> list[Flag]:
@@ -217,7 +228,7 @@ def _precision_flags(plan: Plan) -> list[Flag]:
 
 def _arguments_text(plan: Plan) -> str:
     lines = [
-        f"# {plan.problem.model.name} on {plan.problem.profile.cluster.name}: {plan.layout.degrees()}",
+        f"# {_plain(plan.problem.model.name)} on {_plain(plan.problem.profile.cluster.name)}: {plan.layout.degrees()}",
         f"# written by moeplan {VERSION} for Megatron-LM with megatron-core {MEGATRON_CORE}; {plan.layout.world} GPUs",
         "",
         "# environment",
@@ -227,6 +238,11 @@ def _arguments_text(plan: Plan) -> str:
         if flags:
             lines += ["", f"# {section}", *(" ".join(map(shlex.quote, flag)) for flag in flags)]
     return "\n".join(lines) + "\n"
+
+
+def _plain(name: str) -> str:
+    """A name with nothing in it that a shell or Slurm could misread."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
 
 
 def _launch_size(plan: Plan) -> tuple[int, int]:
@@ -254,15 +270,14 @@ def _script(plan: Plan) -> str:
 
 def _torchrun_text(plan: Plan) -> str:
     nodes, each = _launch_size(plan)
-    address = (
-        'MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"' if nodes == 1 else ': "${MASTER_ADDR:?set MASTER_ADDR to the first node}"'
-    )
+    own = 'MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NODE_RANK="${NODE_RANK:-0}"'
+    shared = f': "${{MASTER_ADDR:?set MASTER_ADDR to the first node}}" "${{NODE_RANK:?set NODE_RANK to 0..{nodes - 1}}}"'
     return f"""#!/usr/bin/env bash
 # Start one node of {nodes}: NODE_RANK=0..{nodes - 1} MASTER_ADDR=<first node> bash {TORCHRUN} [further Megatron arguments]
 set -euo pipefail
-{_load_lines()}{address}
+{_load_lines()}{own if nodes == 1 else shared}
 exec torchrun \\
-  --nnodes {nodes} --nproc-per-node {each} --node-rank "${{NODE_RANK:-0}}" \\
+  --nnodes {nodes} --nproc-per-node {each} --node-rank "$NODE_RANK" \\
   --master-addr "$MASTER_ADDR" --master-port "${{MASTER_PORT:-29500}}" \\
   {_script(plan)} "${{arguments[@]}}" "$@"
 """
@@ -271,7 +286,7 @@ exec torchrun \\
 def _slurm_text(plan: Plan) -> str:
     nodes, each = _launch_size(plan)
     return f"""#!/usr/bin/env bash
-#SBATCH --job-name={plan.problem.model.name}
+#SBATCH --job-name={_plain(plan.problem.model.name)}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node={each}
@@ -280,7 +295,8 @@ def _slurm_text(plan: Plan) -> str:
 # Submit from this directory: sbatch {SLURM} [further Megatron arguments]
 set -euo pipefail
 : "${{MEGATRON_LM:?set MEGATRON_LM to a Megatron-LM checkout that every node can read}}"
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+# sed reads all lines: a reader that leaves after the first would break the pipe, and with it the job
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 export MEGATRON_LM MASTER_ADDR
 # Slurm runs a copy of this file, so the launch script is looked for where the job was submitted.
 srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$SLURM_SUBMIT_DIR/{TORCHRUN}" "$@"' launch "$@"
@@ -293,6 +309,11 @@ def _readme_text(plan: Plan) -> str:
     scaled = [name for name, origin in problem.profile.origins.items() if not origin.measured]
     variables = "\n".join(f"- `{name}={value}`" for name, value in environment(plan).items())
     remarks = "\n".join(f"- {r}" for r in plan.remarks) or "- none"
+    library = f", the library of the dispatcher `{x.dispatcher}`" if x.dispatcher in ("deepep", "hybridep") else ""
+    last = cluster.nodes - 1
+    several = (
+        f"; on every node start `{TORCHRUN}` with `MASTER_ADDR=<first node>` and its `NODE_RANK` of 0..{last}" if last else ""
+    )
     return f"""# {problem.model.name} on {cluster.name}
 
 Written by moeplan {VERSION} for Megatron-LM with megatron-core {MEGATRON_CORE}.
@@ -308,7 +329,7 @@ Written by moeplan {VERSION} for Megatron-LM with megatron-core {MEGATRON_CORE}.
 - `{ARGUMENTS}`: environment variables (`export` lines) and arguments
 - `{TORCHRUN}`: starts one node; `{SLURM}`: starts all nodes under Slurm
 
-Set `MEGATRON_LM` to a Megatron-LM checkout. Arguments that you add on the command line override those of the file.
+Set `MEGATRON_LM` to a Megatron-LM checkout{several}. Arguments that you add on the command line override those of the file.
 
 ## Required environment
 
@@ -317,7 +338,7 @@ Set `MEGATRON_LM` to a Megatron-LM checkout. Arguments that you add on the comma
 ## Assumed
 
 - Data, tokenizer, learning rate and iterations are stand-ins for a benchmark run (last section of `{ARGUMENTS}`).
-- Transformer Engine 2.8 or later, NCCL, and for the dispatcher `{x.dispatcher}` its library where it is not Megatron's own.
+- Transformer Engine {transformer_engine(plan)} or later, NCCL{library}.
 - Routing imbalance {workload.imbalance:g} (1 is balanced), capacity factor {workload.capacity_factor:g} (0 drops no token).
 - {len(scaled)} of {len(problem.profile.origins)} performance curves were not measured on {cluster.device.name} but scaled.
 - Host memory, file systems and network health are not checked.
