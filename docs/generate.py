@@ -26,7 +26,7 @@ def cli_page() -> str:
 
 def _help(path: list[str]) -> str:
     width = {"terminal_width": 110, "max_content_width": 110}
-    context = click.Context(cli, info_name="moeplan", **width)
+    context = click.Context(cli, info_name="moeplan", **{**cli.context_settings, **width})
     command: click.Command = cli
     for name in path:
         found = cli.get_command(context, name)
