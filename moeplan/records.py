@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 import tempfile
 import types
@@ -52,6 +53,12 @@ def read_text(path: Path, what: str) -> str:
         raise FileError(f"cannot read {what} '{path}': not UTF-8 text", hint="save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise FileError(f"cannot read {what} '{path}': {getattr(error, 'strerror', None) or error}") from None
+
+
+def sha256_of(path: Path, what: str) -> str:
+    """SHA-256 of a user's text file, as `sha256sum` prints it."""
+    read_text(path, what)  # says what is wrong with the file
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -4,6 +4,9 @@ Sums over the tensors that Megatron-Core with Transformer Engine saves (arXiv:22
 attention and softmax): T = micro-batch x sequence / cp tokens, sharded over tp where sequence parallelism or the heads allow;
 r = rows after dispatch. Inputs of quantised GEMMs are kept quantised (`saved` bytes an element). Every recompute module
 removes named terms. Units: bytes. Valid for flash-style attention, which keeps no score matrix.
+
+PyTorch's own FSDP runs recompute operation by operation: attention and every second matrix product keep their output
+(torchtitan, `save_list` of its activation checkpointing), everything else is run again.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 
 from moeplan.costmodels.counts import scan_channels
 from moeplan.costmodels.layout import Layouts
-from moeplan.costmodels.model import Attention, Block, LatentAttention, Layer, Mlp, Model, Moe
+from moeplan.costmodels.model import Attention, Block, LatentAttention, Layer, Mamba, Mlp, Model, Moe
 from moeplan.costmodels.routing import expert_rows
 from moeplan.costmodels.workload import Workload
 
@@ -49,6 +52,9 @@ def dense_activation_bytes(layer: Layer, model: Model, workload: Workload, layou
     """Saved bytes of everything but routed experts; under recompute of whole layers the layer's input is all that stays."""
     residual = 2.0 * rank_tokens(workload, layouts) * model.hidden * model.streams / shard(layouts)
     kept = sum(_dense_bytes(block, model, workload, layouts) for block in layer.blocks)
+    if workload.era.framework == "pytorch":
+        outputs = residual + sum(_operation_bytes(block, model, workload, layouts) for block in layer.blocks)
+        kept = np.where(layouts.recomputes("core_attn"), np.minimum(outputs, kept), kept)
     return np.where(layouts.recomputes("full"), residual, kept)
 
 
@@ -75,14 +81,36 @@ def _dense_bytes(block: Block, model: Model, workload: Workload, layouts: Layout
         case Moe():
             shared = _feed_forward_bytes(block.shared_width, block.gated, saved) * tokens / layouts.tp
             return norms + np.where(layouts.recomputes("shared_experts") | layouts.recomputes("moe"), 0.0, shared)
+        case Mamba():
+            # One kernel runs convolution and scan and keeps its input and its output before the gate (mamba_ssm,
+            # `mamba_split_conv1d_scan_combined`); then the gated output, input of the norm, and the norm's, of the projection.
+            kept = 2.0 * scan_channels(block, model.hidden) + (4.0 + saved) * block.inner
+            return norms + kept * tokens / layouts.tp
         case _:
-            # State-space and linear attention keep their projections' outputs twice (before and after the convolution).
+            # Linear attention keeps its projections' outputs before and after the convolution.
             projected = scan_channels(block, model.hidden)
             return norms + (2.0 * 2.0 * projected + saved * model.hidden) * tokens / layouts.tp
 
 
+def _operation_bytes(block: Block, model: Model, workload: Workload, layouts: Layouts) -> Any:
+    """Outputs kept where operations are recomputed one by one: query, value, attention; gate and down projection."""
+    tokens = rank_tokens(workload, layouts)
+    match block:
+        case Attention():
+            wide = block.heads * (block.head_dim + block.v_head_dim) + block.kv_heads * block.v_head_dim
+            return (2.0 * wide + 4.0 * block.heads) * tokens / layouts.tp
+        case Mlp():
+            return 2.0 * (block.width / layouts.tp + model.hidden / shard(layouts)) * tokens
+        case _:
+            return _dense_bytes(block, model, workload, layouts)
+
+
 def _attention_bytes(block: Attention, saved: float, tokens: Any, layouts: Layouts) -> Any:
-    qkv = block.heads * block.head_dim * (2 if block.gate else 1) + block.kv_heads * (block.head_dim + block.v_head_dim)
+    """Queries, keys and values as attention reads them, before their own norms where they have some, and attention's part."""
+    normed = (block.heads + block.kv_heads) * block.head_dim * (block.qk_norm != "none")
+    qkv = (
+        block.heads * block.head_dim * (2 if block.gate else 1) + block.kv_heads * (block.head_dim + block.v_head_dim) + normed
+    )
     return (2.0 * qkv * tokens + _core_bytes(block.heads, block.v_head_dim, saved, tokens, layouts)) / layouts.tp
 
 
@@ -108,12 +136,25 @@ def _feed_forward_bytes(width: int, gated: bool, saved: float) -> float:
 def _routed_bytes(block: Moe, model: Model, workload: Workload, layouts: Layouts) -> Any:
     tokens, saved = rank_tokens(workload, layouts), workload.precision.quantized_bytes
     rows, inner = routed_rows(block, workload, layouts), block.latent or model.hidden
-    # Dispatched rows as input of the first expert matrix, and the experts' output before it is weighted and combined.
-    dispatched = (saved + 2.0) * rows * inner
+    # Dispatched rows are the input of the first expert matrix. Gates weight the activation, not the experts' output, so that
+    # none of the latter stays (Megatron-Core 0.12 and later, `weighted_bias_swiglu_impl`).
+    dispatched = saved * rows * inner
     fc1 = (4.0 if block.gated else 2.0) * rows * block.width / layouts.etp
     act = np.where(layouts.recomputes("moe_act"), 0.0, saved * rows * block.width / layouts.etp)
-    router = 8.0 * (block.experts + block.zero_experts) * tokens / shard(layouts)
+    # Per token and expert: fp32 score and gate, the selection, and two int32 places of the fused permutation's row map.
+    router = 17.0 * (block.experts + block.zero_experts) * tokens / shard(layouts)
     return dispatched + fc1 + act + router
+
+
+def gathered_input_bytes(model: Model, workload: Workload, layouts: Layouts) -> Any:
+    """What a layer of a PyTorch model keeps under tensor parallelism while it is whole: the gathered inputs of its two parts.
+
+    Transformer Engine keeps shards instead and gathers them again in the backward.
+    """
+    if workload.era.framework != "pytorch":
+        return 0.0 * layouts.cp
+    sharded = shard(layouts)
+    return 2.0 * 2.0 * rank_tokens(workload, layouts) * model.hidden * (1.0 - 1.0 / sharded)
 
 
 def dense_working_bytes(layer: Layer, model: Model, workload: Workload, layouts: Layouts) -> Any:

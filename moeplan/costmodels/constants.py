@@ -11,16 +11,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Compute:
-    """What a training step makes of the rates that microbenchmarks show."""
-
-    sustained: float = 0.82
-    """Share of the measured GEMM and attention rates that a step sustains for minutes: power-limited clocks, cold caches, gaps
-    between kernels. The one number fitted to published runs (benchmarks/fit_spread.py): it centres the errors of the dense
-    runs, and leaving out any one source moves it by 0.03 at most."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
     """Shares of communication that stay exposed."""
 
@@ -32,8 +22,6 @@ class Overlap:
     """Share of one micro-batch's backward (forward) behind which gradient reduction (parameter gather) hides."""
     data_exposed: float = 0.08
     """Gradient reduction and parameter gather that stay exposed even when hidden: first and last bucket."""
-    fsdp_hidden_compute: float = 0.70
-    """Share of a micro-batch's compute behind which sharded weights are gathered and gradients scattered."""
     send_exposed: float = 0.24
     """Pipeline sends that stay exposed in the steady state."""
 
@@ -47,22 +35,27 @@ class Host:
     scan: float = 14.0
     """Mamba and linear-attention blocks."""
     mlp: float = 7.0
-    moe: float = 45.0
+    moe: float = 43.0
     """MoE block with the all-to-all or all-gather dispatcher."""
     moe_fused: float = 28.0
     """MoE block with a fused dispatcher (DeepEP, HybridEP)."""
     per_expert: float = 2.4
     """Further kernels for every local expert: grouped GEMM without a single-kernel implementation."""
-    quantized_expert_factor: float = 3.0
-    """Factor on `per_expert` where each expert's inputs are quantised apart (per-tensor scaling)."""
+    quantized_expert_factor: float = 3.25
+    """Factor on `per_expert` where each expert's inputs are quantised apart: amax or scales, cast, transpose or swizzle."""
+    per_expert_bias: float = 6.0
+    """Further kernels for every local expert with biases: split, outer product, sum, concatenation."""
+    overlapped: float = 1.57
+    """Launches where two micro-batches interleave on two streams: events, waits, and autograd split into parts."""
     backward: float = 1.3
     """Launches of the backward pass over those of the forward."""
     graphed_attention: float = 0.1
     """Share of launches left when attention is in a CUDA graph."""
     graphed_router: float = 0.6
     """Share of the MoE block's launches left when router and preprocessing are in a CUDA graph."""
-    sharpness: float = 3.0
-    """Exponent that joins device and host time: launches run ahead unless the two are close."""
+    sharpness: float = 1.42
+    """Exponent that joins device and host time: 1 would be one after the other, infinity launches that always run ahead.
+    Reading counts of tokens back and waiting for communication keep launches from running ahead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,21 +74,31 @@ class Step:
 class Memory:
     """Allocations beside weights and saved activations; bytes per element of what the name says."""
 
-    logits: float = 3.3
-    """Per logit at the last stage with fused cross entropy: bf16 logits, and their gradient for part of them at a time."""
-    head_gradient: float = 2.4
-    """Per element of the output head: its bf16 weight gradient before it is added to the main gradient."""
-    head_input: float = 7.1
-    """Per element of the head's gathered input: input, its gradient, and the gathered copy for the weight gradient."""
+    head_gradient: float = 2.0
+    """Per element of the output head: the bf16 weight gradient that its backward returns beside the main gradient
+    (Megatron-Core, tensor_parallel/layers.py)."""
+    head_tokens: float = 6.0
+    """Per element of the final norm's shard of tokens: its input, its output (the head's input) and that one's gradient."""
+    head_gathered: float = 4.0
+    """Per element of all tokens where the head gathers them (sequence parallelism): the gathered input, in a buffer that is
+    never freed (Megatron-Core, `GlobalMemoryBuffer`), and its gradient before it is scattered."""
     dummy_gradient: float = 2.0
-    """Per element of every distinct weight shape: the bf16 buffer that gradient-accumulation fusion keeps for each."""
+    """Per element of every distinct weight shape: the bf16 buffer that gradient-accumulation fusion keeps for each
+    (Transformer Engine, module/base.py, `get_dummy_wgrad`)."""
+    step_gradient: float = 4.0
+    """Per optimizer shard element: the fp32 copy of bf16 gradients that the optimizer step makes of all parameters at once
+    (Megatron-Core, optimizer/distrib_optimizer.py, `_copy_model_grads_to_main_grads`)."""
+    workspace_bytes: float = 64.0 * 2**20
+    """cuBLAS workspaces inside the allocator: 32 MiB of PyTorch and 32 MiB of Transformer Engine on compute capability 9.0 and
+    later."""
     context_bytes: float = 1.1 * 2**30
     """CUDA context, kernels and driver reserve that the framework's allocator does not see."""
     communicator_bytes: float = 0.9 * 2**30
     """NCCL buffers of all communicators of a rank, also outside the allocator."""
-    fragmentation: float = 0.04
-    """Share of the allocator's peak lost between blocks (reserved over allocated, 8 x B200 study: 2 to 7 %)."""
+    fragmentation: float = 0.09
+    """Share of the allocator's peak lost between blocks: reserved over allocated was 1.03 to 1.09 in the 8 x B200 study, and
+    the upper end counts, since a plan that runs out of memory is worth nothing."""
 
 
-COMPUTE, OVERLAP, HOST, STEP, MEMORY = Compute(), Overlap(), Host(), Step(), Memory()
+OVERLAP, HOST, STEP, MEMORY = Overlap(), Host(), Step(), Memory()
 """The values in use."""

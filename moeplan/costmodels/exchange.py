@@ -42,7 +42,7 @@ def tensor_exchange(block: Block, model: Model, profile: Profile, workload: Work
     forward = into + back
     backward = all_gather_s(profile, scattered, where) + reduce_scatter_s(profile, gathered, where) + into
     reduced = all_reduce_s(profile, scattered, where)
-    exposed = np.where(layouts.tp_overlap, OVERLAP.tensor_exposed, 1.0) * (layouts.tp > 1)
+    exposed = profile.exposed * np.where(layouts.tp_overlap, OVERLAP.tensor_exposed, 1.0) * (layouts.tp > 1)
     out.add(
         "tensor-parallel exchange",
         exposed * np.where(layouts.sequence_parallel, forward, reduced),
@@ -73,8 +73,8 @@ def context_exchange(
     rate = np.where(where.domains > 1, profile.scale_out_bytes_per_s, profile.scale_up_bytes_per_s)
     step = 2.0 * rank_tokens(workload, layouts) * width / rate
     join = curve.launch_s + profile.stream_s(RING_JOIN_BYTES * rank_tokens(workload, layouts) * joined / layouts.tp)
-    forward = join + np.maximum(step - core_forward / layouts.cp, 0.0)
-    backward = join + np.maximum(2.0 * step - core_backward / layouts.cp, 0.0)
+    forward = join + profile.exposed * np.maximum(step - core_forward / layouts.cp, 0.0)
+    backward = join + profile.exposed * np.maximum(2.0 * step - core_backward / layouts.cp, 0.0)
     out.add("context-parallel exchange", (layouts.cp - 1) * forward, (layouts.cp - 1) * backward)
     return out
 
@@ -83,7 +83,7 @@ def expert_exchange(block: Moe, model: Model, profile: Profile, workload: Worklo
     """Exposed dispatch and combine of routed experts; the same bytes go back in the backward pass."""
     out = PassTimes()
     full = expert_exchange_s(block, model, profile, workload, layouts)
-    exposed = np.where(layouts.ep_overlap, OVERLAP.expert_exposed, 1.0) * full
+    exposed = profile.exposed * np.where(layouts.ep_overlap, OVERLAP.expert_exposed, 1.0) * full
     out.add("expert all-to-all", exposed, exposed)
     return out
 
@@ -95,7 +95,7 @@ def expert_exchange_s(block: Moe, model: Model, profile: Profile, workload: Work
     token_bytes = 2.0 * tokens * inner * workload.imbalance
     where = group(profile, layouts.ep, layouts.etp)
     plain = all_to_all_copies(topk, where.ranks, where.local)
-    once = deduplicated_copies(topk, where.ranks, where.local)
+    once = deduplicated_copies(topk, where.ranks, where.local, block.groups, block.group_topk)
     alltoall = 2.0 * all_to_all_s(profile, token_bytes * plain.scale_out, token_bytes * plain.scale_up, where)
     both = group(profile, layouts.ep * layouts.etp, 1)
     everywhere = 2.0 * tokens * inner * layouts.ep * layouts.etp

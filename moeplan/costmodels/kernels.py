@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.activations import rank_tokens, routed_rows, shard
-from moeplan.costmodels.constants import COMPUTE
 from moeplan.costmodels.counts import Shard, Weight, attention_flops_per_token, block_weights, scan_channels
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.model import Attention, Block, LatentAttention, LinearAttention, Mamba, Mlp, Model, Moe
@@ -28,10 +27,18 @@ ACTIVATION_BYTES = 6.0
 """Bytes per hidden unit of a gated activation: read two, write one, bf16."""
 BACKWARD_TRAFFIC = 1.5
 """Element-wise backward traffic over forward: the gradient is read beside the saved input."""
-PERMUTE_PASSES = {"fused": 4.0, "separate": 8.0}
+PERMUTE_PASSES = {"fused": 4.7, "separate": 9.4}
 """Passes over the dispatched rows, read and write counted apart: the fused dispatchers leave one permute and one un-permute."""
-SCAN_PASSES = 6.0
+SCORE_BYTES = 13.0
+"""Bytes per attention score, forward, unfused: written by the GEMM (2), fused scale, mask and softmax (4), dropout with its
+mask (5), read by the GEMM (2)."""
+SCAN_PASSES = 13.0
 """Passes over the projected channels of a state-space or linear-attention scan."""
+SCAN_BYTES_PER_S = 2.9e12
+"""What the Triton kernels of such scans reach at most: they use the instructions of Hopper, on what came later too."""
+EXPERT_BIAS_BYTES = (28.0, 36.0)
+"""Bytes per element of the experts' output where they have biases, forward and backward: Megatron adds bias x probability
+expert by expert, in fp32, and concatenates (experts.py, `_apply_bias`); the backward sums gradients for both."""
 
 
 @dataclass(slots=True)
@@ -70,7 +77,7 @@ def dense_times(block: Block, model: Model, profile: Profile, workload: Workload
         case Mlp() | Moe():
             width = block.width if isinstance(block, Mlp) else block.shared_width
             traffic = traffic + _activation_bytes(block) * width * tokens / layouts.tp
-    forward = profile.stream_s(traffic)
+    forward = profile.stream_s(workload.era.traffic * traffic)
     out.add("norms and activations", forward, BACKWARD_TRAFFIC * forward)
     return out
 
@@ -102,7 +109,8 @@ def dense_gemm_s(weight: Weight, tokens: Any, profile: Profile, gemm: str, layou
     rows = tokens / (shard(layouts) if weight.shard is Shard.REPLICATED else 1)
     forward = curve.seconds(rows, out, inp)
     backward = curve.seconds(rows, inp, out) + curve.seconds(out, inp, rows)
-    return forward / COMPUTE.sustained, backward / COMPUTE.sustained
+    share = profile.sustained_gemm(gemm)
+    return forward / share, backward / share
 
 
 def _projected(block: Attention | LatentAttention) -> int:
@@ -119,11 +127,26 @@ def _add_attention(
         qk, v, kv_heads = block.nope_dim + block.rope_dim, block.v_dim, block.heads
     else:
         qk, v, kv_heads = block.head_dim, block.v_head_dim, block.kv_heads
-    curve = profile.attention(qk, v)
-    flop = tokens * attention_flops_per_token(block, workload.seq_len) / layouts.tp
+    if workload.era.attention == "unfused":
+        _add_unfused_attention(out, block, profile, workload, layouts, tokens)
+        return
+    curve = profile.attention(qk, v, kernel=workload.era.attention)
+    flop = tokens * attention_flops_per_token(block, workload.attended_len) / layouts.tp
     moved = 2.0 * tokens * (block.heads + np.maximum(kv_heads, layouts.tp)) * (qk + v) / layouts.tp
     forward, backward = curve.seconds(flop, moved), curve.backward_seconds(flop, moved)
-    out.add("attention core", forward / COMPUTE.sustained, backward / COMPUTE.sustained)
+    share = profile.sustained.get("attention", 1.0)
+    out.add("attention core", forward / share, backward / share)
+
+
+def _add_unfused_attention(
+    out: PassTimes, block: Attention | LatentAttention, profile: Profile, workload: Workload, layouts: Layouts, tokens: Any
+) -> None:
+    """Scores of all keys as one GEMM, a masked softmax and dropout over them in memory, a GEMM with the values."""
+    keys = float(workload.attended_len)
+    flop = tokens * attention_flops_per_token(block, workload.attended_len, causal=False) / layouts.tp
+    scores = profile.stream_s(SCORE_BYTES * tokens * keys * block.heads / layouts.tp)
+    products = flop / profile.gemm("bf16").flop_per_s / profile.sustained_gemm("bf16")
+    out.add("attention core", products + scores, 2.0 * (products + scores))
 
 
 def _add_scan(
@@ -138,7 +161,7 @@ def _add_scan(
     channels = scan_channels(block, model.hidden)
     flop = tokens * attention_flops_per_token(block, workload.seq_len) / layouts.tp
     moved = SCAN_PASSES * 2.0 * channels * tokens / layouts.tp
-    forward = profile.stream_s(moved) + flop / profile.attention(128, 128).flop_per_s
+    forward = moved / min(profile.stream_bytes_per_s, SCAN_BYTES_PER_S) + flop / profile.attention(128, 128).flop_per_s
     out.add("state scan", forward, 2.0 * forward)
 
 
@@ -153,13 +176,17 @@ def _add_experts(out: PassTimes, block: Moe, model: Model, profile: Profile, wor
         backward = backward + profile.grouped_gemm(gemm, "dgrad").seconds(local, per_expert, n, k)
         backward = backward + profile.grouped_gemm(gemm, "wgrad").seconds(local, per_expert, n, k)
     quantize = profile.quantize_s(gemm, rows * (inner + width))
-    out.add("expert GEMM", forward / COMPUTE.sustained + quantize, backward / COMPUTE.sustained + 2.0 * quantize)
+    share = profile.sustained_gemm(gemm)
+    out.add("expert GEMM", forward / share + quantize, backward / share + 2.0 * quantize)
     fused = layouts.dispatches_with("deepep", "hybridep")
     passes = np.where(fused, PERMUTE_PASSES["fused"], PERMUTE_PASSES["separate"])
     traffic = profile.stream_s(2.0 * passes * rows * inner)
     out.add("permute", traffic, BACKWARD_TRAFFIC * traffic)
     activation = profile.stream_s(_activation_bytes(block) * rows * width)
     out.add("expert activation", activation, BACKWARD_TRAFFIC * activation)
+    if block.bias:
+        element = [profile.stream_s(each * rows * inner) for each in EXPERT_BIAS_BYTES]
+        out.add("expert activation", *element)
     # Router probabilities, top-k and the map from tokens to experts: a dozen passes over fp32 scores.
     scores = profile.stream_s(48.0 * (block.experts + block.zero_experts) * rank_tokens(workload, layouts) / shard(layouts))
     out.add("router", scores, 0.5 * scores)

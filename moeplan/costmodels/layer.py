@@ -99,7 +99,7 @@ def _add(parts: dict[str, Any], share: _Share, profile: Profile, workload: Workl
     full = layouts.recomputes("full")
     forward, backward = sum(share.times.forward.values()), sum(share.times.backward.values())
     again = np.where(full, forward, share.again)
-    host = share.launches * workload.era.host_s_per_kernel[profile.cluster.device.host]
+    host = share.launches * workload.era.host_s_per_kernel[profile.cluster.device.host] * profile.host
     visible = _visible_host(forward, host) + _visible_host(backward + again, (HOST.backward + np.where(full, 1.0, 0.0)) * host)
     own = {name: share.times.forward[name] + share.times.backward[name] for name in share.times.forward}
     for name, seconds in {**own, "recompute": again, "host launches": visible}.items():
@@ -142,8 +142,10 @@ def _routed_share(block: Moe, model: Model, profile: Profile, workload: Workload
     again = np.where(layouts.recomputes("moe"), sum(times.forward.values()), activation)
     fused = layouts.dispatches_with("deepep", "hybridep")
     base = np.where(fused, HOST.moe_fused, HOST.moe) * np.where(layouts.graphs("moe_router"), HOST.graphed_router, 1.0)
-    factor = HOST.quantized_expert_factor if workload.precision.scales_per_tensor else 1.0
-    launches = base + HOST.per_expert * factor * block.experts / layouts.ep
+    factor = HOST.quantized_expert_factor if workload.precision.gemm != "bf16" else 1.0
+    each = HOST.per_expert * factor + (HOST.per_expert_bias if block.bias else 0.0)
+    launches = base + each * block.experts / layouts.ep
+    launches = launches * np.where(layouts.ep_overlap, HOST.overlapped, 1.0)
     return _Share(times, again, np.where(layouts.graphs("full_iteration"), 0.0, launches))
 
 

@@ -1,29 +1,19 @@
-"""Peak bytes on the device: what depends on layers and micro-batches, and what depends on how parameters are spread.
+"""Bytes on the device that depend on how parameters are spread: weights, gradients, optimizer states and their buffers.
 
-Weights, gradients and optimizer states are exact counts times bytes, sharded over dp*cp (dense) and edp (experts) as the
-layout says; activations are the saved bytes of every layer times the micro-batches in flight; the last stage adds logits; what
-the framework keeps beside that is named in `constants.py`. In flight on rank r of p (arXiv:2104.04473): 1F1B p - r, interleaved
-with v chunks (2 (p - 1 - r) + (v - 1) p + 1) / v, never more than the micro-batches of the step. `price.py` puts the parts
-together; their sum is what the framework's allocator reports as peak allocated. `reserve_bytes` must stay free beside it.
+Exact counts times bytes, sharded over dp*cp (dense) and edp (experts) as the layout says; what the framework keeps beside that
+is named in `constants.py`. Quantised training keeps the weights of linear layers quantised; embedding and head stay in bf16.
+`peak.py` adds what micro-batches hold, `price.py` puts the parts together; their sum is what the framework's allocator reports
+as peak allocated. `reserve_bytes` must stay free beside it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moeplan.costmodels.activations import (
-    dense_activation_bytes,
-    dense_working_bytes,
-    rank_tokens,
-    routed_activation_bytes,
-    routed_working_bytes,
-    shard,
-)  # fmt: skip
 from moeplan.costmodels.constants import MEMORY
 from moeplan.costmodels.counts import Weight, layer_weights
 from moeplan.costmodels.layout import Layouts
@@ -32,7 +22,6 @@ from moeplan.costmodels.megatron_counts import (
     final_norm_held,
     head_held,
     layer_held,
-    padded_vocab,
     prediction_held,
 )
 from moeplan.costmodels.model import Model
@@ -47,34 +36,13 @@ class StageParameters:
 
     dense: Any
     expert: Any
-
-
-@dataclass(frozen=True, slots=True)
-class LayerMemory:
-    """Bytes of one micro-batch in one part of the layers (dense or routed), [n] each."""
-
-    kinds: list[Any]
-    """Saved by one layer of each kind."""
-    mtp: Any
-    """Saved by one prediction layer."""
-    working: Any
-    """Held for a moment in the backward of the widest layer."""
-    whole: Any
-    """What a fully recomputed layer holds beside that while its backward runs."""
-    logits: Any
-    """Held for a moment by the stage with the head (dense part only)."""
+    plain: Any
+    """Those of embedding and head, which no recipe quantises; part of `dense`."""
 
 
 def micro_batches(workload: Workload, layouts: Layouts) -> Any:
     """Micro-batches of a step on one data-parallel rank, [n]."""
     return workload.global_batch / (layouts.micro_batch * layouts.dp)
-
-
-def in_flight(pp: Any, vpp: Any, rank: Any, batches: Any) -> Any:
-    """Micro-batches whose activations pipeline rank `rank` holds at its peak, in units of all its layers."""
-    plain = pp - rank
-    interleaved = (2 * (pp - 1 - rank) + (vpp - 1) * pp + 1) / vpp
-    return np.minimum(np.where(vpp > 1, interleaved, plain), batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +78,8 @@ def rank_counts(model: Model, ranks: Ranks) -> Any:
 def rank_parameters(model: Model, ranks: Ranks, units: UnitParameters) -> StageParameters:
     """Parameters held by the given pipeline ranks, [K, n]."""
     counts = rank_counts(model, ranks)
-    return StageParameters(counts @ units.dense, counts @ units.expert)
+    ends = slice(len(model.kinds), len(model.kinds) + 2)
+    return StageParameters(counts @ units.dense, counts @ units.expert, counts[:, ends] @ units.dense[ends])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,36 +88,65 @@ class StateBytes:
 
     dense: dict[str, Any]
     expert: dict[str, Any]
+    plain: dict[str, Any]
+    """Beyond `dense`, for embedding and head; empty where they cost no more."""
+    step: tuple[Any, ...]
+    """Of a dense and of an expert parameter, in the optimizer step alone: fp32 copies of bf16 gradients; none of fp32 ones."""
+
+    @property
+    def tables(self) -> list[dict[str, Any]]:
+        """`dense`, `expert` and, where there is any, `plain`."""
+        return [self.dense, self.expert, *([self.plain] if self.plain else [])]
 
     def of(self, held: StageParameters) -> dict[str, Any]:
         """Bytes of all parameters of a rank by part."""
-        return {name: self.dense[name] * held.dense + self.expert[name] * held.expert for name in self.dense}
+        return {
+            name: self.dense[name] * held.dense + self.expert[name] * held.expert + self.plain.get(name, 0.0) * held.plain
+            for name in self.dense
+        }
 
 
 def state_bytes(model: Model, device: Device, workload: Workload, layouts: Layouts) -> StateBytes:
     """Bytes of weights, gradients and optimizer states for each dense and each expert parameter that a rank holds, [n]."""
     fsdp, ddp = layouts.shards_as("fsdp"), layouts.shards_as("ddp")
     weight, gradient = workload.precision.weight_bytes(device), float(workload.gradient_bytes)
-    states = (4.0 + 2.0 * workload.moment_bytes) * (1.0 - layouts.optimizer_offload)
-    # FSDP keeps weights and gradients sharded, and two gathered layers at a time.
-    gathered = np.where(fsdp, 2.0 * weight / np.maximum(len(model.layers) / layouts.pp, 1.0), 0.0)
+    # PyTorch's FSDP shards fp32 weights, which are the optimizer's own, and gathers them in bf16; Megatron keeps both.
+    masters = workload.era.framework == "pytorch"
+    sharded, gathered = (4.0, 2.0) if masters else (weight, weight)
+    states = (4.0 + 2.0 * workload.moment_bytes - np.where(fsdp & masters, 4.0, 0.0)) * (1.0 - layouts.optimizer_offload)
+    # Two gathered layers at a time; under a pipeline the whole stage stays gathered, with its gradients in the precision of
+    # their reduction, from the first micro-batch to the last.
+    two_layers = 2.0 / np.maximum(len(model.layers) / layouts.pp, 2.0)
+    piped = layouts.pp > 1
+    held_weight = np.where(fsdp, np.where(piped, gathered, gathered * two_layers), 0.0)
+    held_gradient = np.where(fsdp & piped, gradient, 0.0)
 
     def each(shards: Any) -> dict[str, Any]:
         kept = 1.0 / np.where(fsdp, shards, 1)
+        # Sharding the optimizer alone is ZeRO-2 where it is not Megatron's: gradients are sharded with it.
+        reduced = 1.0 / np.where(ddp, 1, shards) if masters else kept
         return {
-            "weights": weight * kept,
-            "gathered weights": gathered,
-            "gradients": gradient * kept,
+            "weights": np.where(fsdp, sharded, weight) * kept,
+            "gathered weights": held_weight,
+            "gradients": gradient * reduced + held_gradient,
             "optimizer states": states / np.where(ddp, 1, shards),
         }
 
-    return StateBytes(dense=each(layouts.dp * layouts.cp), expert=each(layouts.edp))
+    dense, expert = layouts.dp * layouts.cp, layouts.edp
+    bf16 = workload.gradient_bytes == 2 and not masters
+    copies = MEMORY.step_gradient * (1.0 - layouts.optimizer_offload) * ~fsdp
+    step = (copies / np.where(ddp, 1, dense), copies / np.where(ddp, 1, expert)) if bf16 else ()
+    # Embedding and head stay in bf16, and gathered from first to last: they belong to the outermost unit.
+    plain = np.where(fsdp, 0.0, 2.0 - weight)
+    whole = np.where(fsdp & ~piped, 2.0 - held_weight, 0.0)
+    extra = {"weights": plain, "gathered weights": whole} if plain.any() or whole.any() else {}
+    return StateBytes(dense=each(dense), expert=each(expert), plain=extra, step=step)
 
 
 def least_state_bytes(model: Model, device: Device, workload: Workload, layouts: Layouts) -> Any:
     """A lower bound on the peak of the fullest rank, [n]: states of the layers spread evenly over pp."""
     states = state_bytes(model, device, workload, layouts).of(mean_parameters(model, layouts))
-    return sum(states.values()) + gradient_buffers(model, layouts)
+    return sum(states.values()) + gradient_buffers(model, layouts) + MEMORY.workspace_bytes
 
 
 def mean_parameters(model: Model, layouts: Layouts) -> StageParameters:
@@ -160,38 +158,7 @@ def mean_parameters(model: Model, layouts: Layouts) -> StageParameters:
         held = layer_held(kind, model, keys.tp, keys.ep, keys.etp)
         count = model.kind_of_layer.count(k)
         dense, expert = dense + count * held.dense, expert + count * held.expert
-    return StageParameters(np.asarray(dense)[of_row] / layouts.pp, np.asarray(expert)[of_row] / layouts.pp)
-
-
-def dense_memory(model: Model, workload: Workload, layouts: Layouts) -> LayerMemory:
-    """What one micro-batch keeps or needs for a moment outside routed experts, [n]."""
-    tokens = rank_tokens(workload, layouts)
-    kinds = [dense_activation_bytes(kind, model, workload, layouts) for kind in model.kinds]
-    mtp: Any = 0.0 * tokens
-    if model.mtp:
-        layers = sum(dense_activation_bytes(x, model, workload, layouts) for x in model.mtp) / len(model.mtp)
-        mtp = layers + 4.0 * tokens * model.hidden / shard(layouts)
-    vocab = padded_vocab(model, layouts.tp) / layouts.tp
-    logits = MEMORY.logits * tokens * vocab + (MEMORY.head_gradient * vocab + MEMORY.head_input * tokens) * model.hidden
-    working = _most(dense_working_bytes(kind, model, workload, layouts) for kind in model.kinds)
-    plain = layouts.with_columns(recompute=0 * layouts.recompute)
-    whole = _most(dense_activation_bytes(kind, model, workload, plain) for kind in model.kinds)
-    return LayerMemory(kinds, mtp, working, np.where(layouts.recomputes("full"), whole, 0.0), logits)
-
-
-def routed_memory(model: Model, workload: Workload, layouts: Layouts) -> LayerMemory:
-    """What routed experts keep or need for a moment under folded layouts, [n]."""
-    kinds = [routed_activation_bytes(kind, model, workload, layouts) for kind in model.kinds]
-    none: Any = np.zeros(len(layouts))
-    mtp = sum((routed_activation_bytes(x, model, workload, layouts) for x in model.mtp), none) / max(1, len(model.mtp))
-    working = _most(routed_working_bytes(kind, model, workload, layouts) for kind in model.kinds)
-    plain = layouts.with_columns(recompute=0 * layouts.recompute)
-    whole = _most(routed_activation_bytes(kind, model, workload, plain) for kind in model.kinds)
-    return LayerMemory(kinds, mtp, working, np.where(layouts.recomputes("full"), whole, 0.0), none)
-
-
-def _most(values: Iterable[Any]) -> Any:
-    return functools.reduce(np.maximum, values)
+    return StageParameters(np.asarray(dense)[of_row] / layouts.pp, np.asarray(expert)[of_row] / layouts.pp, plain=0.0)
 
 
 def gradient_buffers(model: Model, layouts: Layouts) -> Any:

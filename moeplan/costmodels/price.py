@@ -17,24 +17,21 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.breakdown import Breakdown
-from moeplan.costmodels.constants import STEP
+from moeplan.costmodels.constants import MEMORY, STEP
 from moeplan.costmodels.layer import DENSE_FIELDS, ROUTED_FIELDS, fold, without_experts
 from moeplan.costmodels.layout import SHARDINGS, Codes, Layouts
 from moeplan.costmodels.memory import (
-    LayerMemory,
     StageParameters,
     StateBytes,
     UnitParameters,
-    dense_memory,
     gradient_buffers,
-    in_flight,
     micro_batches,
     rank_parameters,
-    routed_memory,
     state_bytes,
     unit_parameters,
 )  # fmt: skip
 from moeplan.costmodels.model import Model
+from moeplan.costmodels.peak import LayerMemory, MicroBatchMemory, dense_memory, moment_parts, routed_memory
 from moeplan.costmodels.stages import Ranks, all_ranks, binding_ranks
 from moeplan.costmodels.step import (
     DataParallelTime,
@@ -187,13 +184,15 @@ class Pricing:
         parts["pipeline sends"] = sends_exposed_s(one, batches, pp, vpp)
         # 3. once a step: data parallelism, optimizer, overhead
         dense, expert = self._data_parallel
-        parts["data-parallel exchange"] = data_parallel_exposed_s(
+        parts["data-parallel exchange"] = self.profile.exposed * data_parallel_exposed_s(
             dense.scatter[dense_place] + expert.scatter[expert_place],
             dense.gather[dense_place] + expert.gather[expert_place],
             longest,
             batches,
             overlap=self._codes.column("dp_overlap", rows),
-            fsdp=np.equal(self._codes.column("sharding", rows), SHARDINGS.index("fsdp")),
+            # Under a pipeline, weights stay gathered from the first micro-batch to the last.
+            every_batch=np.equal(self._codes.column("sharding", rows), SHARDINGS.index("fsdp")) & (pp == 1),
+            hidden_compute=self.workload.era.fsdp_hidden_compute,
         )
         parts["optimizer"] = dense.optimizer[dense_place] + expert.optimizer[expert_place]
         parts["step overhead"] = STEP.overhead_s
@@ -227,23 +226,23 @@ class Pricing:
         one, two = self._dense_memory, self._routed_memory
         saved = [_gather(kept, dense) for kept in one.kinds]
         saved = [s + _gather(two.kinds[k], routed) if self.model.kinds[k].is_moe else s for k, s in enumerate(saved)]
-        predicted = _gather(one.mtp, dense) + _gather(two.mtp, routed) if self.model.mtp else 0.0
-        working = np.maximum(_gather(one.working, dense), _gather(two.working, routed))
-        if self._recomputes_layers:
-            working = working + _gather(one.whole, dense) + _gather(two.whole, routed)
-        held, place = self._parameters[group], self._held_of_row[rows]
-        each = [{n: _gather(v, self._states[1][rows]) for n, v in table.items()} for table in self._state_tables(detail)]
+        batch = MicroBatchMemory(
+            saved=saved,
+            predicted=_gather(one.mtp, dense) + _gather(two.mtp, routed) if self.model.mtp else 0.0,
+            working=np.maximum(_gather(one.working, dense), _gather(two.working, routed)),
+            again=_gather(one.again, dense) + _gather(two.again, routed) if self._recomputes else 0.0,
+            logits=_gather(one.logits, dense) if ranks.head.any() else 0.0,
+            sent=_gather(one.sent, dense) if pp > 1 else 0.0,
+        )
+        held, place, spread = self._parameters[group], self._held_of_row[rows], self._states[1][rows]
+        each = [{n: _gather(v, spread) for n, v in table.items()} for table in self._state_tables(detail)]
+        copies = [_gather(v, spread) for v in self._states[0].step]
         for k in range(len(ranks.rank)):
-            layers = sum(c * s for c, s in zip(ranks.kinds[k], saved, strict=True) if c) + ranks.mtp[k] * predicted
-            parameters = _gather(held.dense[k], place), _gather(held.expert[k], place)
-            parts = {n: each[0][n] * parameters[0] + each[1][n] * parameters[1] for n in each[0]}
-            parts["wgrad buffers"] = _gather(self._buffers, place)
-            parts["activations"] = layers * in_flight(pp, vpp, ranks.rank[k], batches)
-            if ranks.head[k]:
-                parts["logits and loss"] = _gather(one.logits, dense)
-            else:
-                parts["working set"] = working
-            yield parts
+            counts = [_gather(v[k], place) for v in (held.dense, held.expert, held.plain)[: len(each)]]
+            parts = {n: sum(c * t[n] for c, t in zip(counts, each, strict=True) if n in t) for n in each[0]}
+            parts["buffers"] = _gather(self._buffers, place)
+            step = sum(c * v for c, v in zip(counts, copies, strict=False))
+            yield parts | moment_parts(self.workload, pp, vpp, ranks, k, batch, batches, step)
 
     def _unit_seconds(self, rows: Any) -> Iterator[Any]:
         """Seconds of one micro-batch in each unit, [n]."""
@@ -251,9 +250,9 @@ class Pricing:
         for one, two in self._unit_totals:
             yield _gather(one, dense) if two is None else _gather(one, dense) + _gather(two, routed)
 
-    def _state_tables(self, detail: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Bytes of a dense and of an expert parameter, by part or in one sum."""
-        return (self._states[0].dense, self._states[0].expert) if detail else self._state_sums
+    def _state_tables(self, detail: bool) -> list[dict[str, Any]]:
+        """Bytes of a dense and of an expert parameter, and of what embedding and head cost beyond, by part or in one sum."""
+        return self._states[0].tables if detail else self._state_sums
 
     def _unit_counts(self, group: int) -> Iterator[list[float]]:
         """How many of each unit every rank looked at holds."""
@@ -330,8 +329,8 @@ class Pricing:
         return routed_memory(self.model, self.workload, self._routed)
 
     @functools.cached_property
-    def _recomputes_layers(self) -> bool:
-        return bool(self._dense.recomputes("full").any())
+    def _recomputes(self) -> bool:
+        return bool(self.layouts.recompute.any())
 
     @functools.cached_property
     def _states(self) -> tuple[StateBytes, Any]:
@@ -340,9 +339,8 @@ class Pricing:
         return state_bytes(self.model, self.profile.cluster.device, self.workload, spread), of_row
 
     @functools.cached_property
-    def _state_sums(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        states = self._states[0]
-        return {"states": sum(states.dense.values())}, {"states": sum(states.expert.values())}
+    def _state_sums(self) -> list[dict[str, Any]]:
+        return [{"states": sum(table.values())} for table in self._states[0].tables]
 
     @functools.cached_property
     def _held(self) -> tuple[Layouts, Any]:
@@ -360,7 +358,7 @@ class Pricing:
 
     @functools.cached_property
     def _buffers(self) -> Any:
-        return gradient_buffers(self.model, self._held[0])
+        return gradient_buffers(self.model, self._held[0]) + MEMORY.workspace_bytes
 
     @functools.cached_property
     def _dense_spread(self) -> tuple[Layouts, Any]:
@@ -392,7 +390,7 @@ class Pricing:
             data_parallel_times(self.profile, self.workload, expert, most_expert, expert_group(self.profile, expert)),
         )
 
-    def _most(self, spread: Layouts) -> StageParameters:
+    def _most(self, spread: Layouts) -> UnitParameters:
         """Most dense and most expert parameters of any rank of each layout's split, [n]."""
         keys, of_row = spread.distinct(*SPLIT_FIELDS, "tp", "ep", "etp")
         dense, expert = np.empty(len(keys)), np.empty(len(keys))
@@ -403,7 +401,7 @@ class Pricing:
             some = UnitParameters(units.dense[:, rows], units.expert[:, rows])
             held = rank_parameters(self.model, self._ranks[g], some)
             dense[rows], expert[rows] = held.dense.max(axis=0), held.expert.max(axis=0)
-        return StageParameters(dense[of_row], expert[of_row])
+        return UnitParameters(dense[of_row], expert[of_row])
 
 
 def _gather(values: Any, places: Any) -> Any:

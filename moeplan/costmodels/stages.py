@@ -161,6 +161,10 @@ class Ranks:
     """Copies of the embedding: where tokens enter, and where prediction layers stand in another chunk, [K]."""
     norms: Floats
     """Final norms: with the head; beside the last decoder layer if prediction layers follow it, but in Mamba hybrids, [K]."""
+    first: Floats
+    """Decoder layers of each kind in the rank's first chunk, which most micro-batches have entered, [K, kinds]."""
+    last: Floats
+    """Decoder layers of each kind in the rank's last chunk, [K, kinds]."""
 
 
 def chunk_letters(model: Model, pp: int, vpp: int, split: str) -> tuple[str, ...]:
@@ -192,15 +196,21 @@ def rank_contents(model: Model, pp: int, vpp: int, split: str) -> npt.NDArray[np
 
 
 def _contents(model: Model, pp: int, vpp: int, split: str) -> Floats:
-    """`rank_contents`, then copies of the embedding, final norms and the rank itself, [pp, kinds + 6]."""
+    """`rank_contents`, then copies of the embedding, final norms, the rank's outer chunks and itself, [pp, 3 kinds + 6]."""
     chunks = chunk_letters(model, pp, vpp, split)
     last = len(chunks) - 1
     if model.mtp and not model.is_hybrid:
         last = max(c for c, chunk in enumerate(chunks) if "t" in chunk)
     ends = np.zeros((pp, 2))
+    outer = np.zeros((pp, 2, len(model.kinds)))
+    layer = 0
     for c, chunk in enumerate(chunks):
         ends[c % pp] += "E" in chunk or "m" in chunk, c == last
-    return np.column_stack([rank_contents(model, pp, vpp, split), ends, np.arange(pp)])
+        layer, before = layer + chunk.count("t"), layer
+        kinds = np.bincount(np.array(model.kind_of_layer[before:layer], np.int64), minlength=len(model.kinds))
+        outer[c % pp, 0] += kinds * (c < pp)
+        outer[c % pp, 1] += kinds * (c >= len(chunks) - pp)
+    return np.column_stack([rank_contents(model, pp, vpp, split), ends, outer.reshape(pp, -1), np.arange(pp)])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -213,16 +223,30 @@ def all_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
 def binding_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
     """The ranks that can be slowest or fullest: those that no earlier rank dominates by holding at least as much of everything.
 
-    An earlier rank has more micro-batches in flight, so a dominated rank is neither slower nor fuller.
+    An earlier rank has more micro-batches in flight, so a dominated rank is neither slower nor fuller. The first half of the
+    ranks holds more of its first chunk than of the others, the second half less of its last one.
     """
-    rows: list[Floats] = []
-    for content in _contents(model, pp, vpp, split):
-        if not any((kept[:-1] >= content[:-1]).all() for kept in rows):
-            rows.append(content)
-    return _ranks(model, np.stack(rows))
+    table = _contents(model, pp, vpp, split)
+    measure = table[:, :-1].copy()
+    measure[:, -len(model.kinds) :] *= -1.0 * (2 * table[:, -1:] > pp - 1) * (vpp > 1)
+    rows: list[int] = []
+    for rank in range(pp):
+        if not any((measure[kept] >= measure[rank]).all() for kept in rows):
+            rows.append(rank)
+    return _ranks(model, table[rows])
 
 
 def _ranks(model: Model, table: Floats) -> Ranks:
     n = len(model.kinds)
-    embedding, head, mtp, copies, norms, rank = table[:, n:].T
-    return Ranks(rank=rank, kinds=table[:, :n], embedding=embedding, head=head, mtp=mtp, copies=copies, norms=norms)
+    embedding, head, mtp, copies, norms = table[:, n : n + 5].T
+    return Ranks(
+        rank=table[:, -1],
+        kinds=table[:, :n],
+        embedding=embedding,
+        head=head,
+        mtp=mtp,
+        copies=copies,
+        norms=norms,
+        first=table[:, n + 5 : 2 * n + 5],
+        last=table[:, 2 * n + 5 : 3 * n + 5],
+    )

@@ -17,7 +17,7 @@ import numpy as np
 
 from moeplan.costmodels.activations import rank_tokens, shard
 from moeplan.costmodels.collectives import Group, all_gather_s, group, reduce_scatter_s, send_s
-from moeplan.costmodels.constants import COMPUTE, OVERLAP, STEP
+from moeplan.costmodels.constants import OVERLAP, STEP
 from moeplan.costmodels.counts import mtp_weights
 from moeplan.costmodels.kernels import BACKWARD_TRAFFIC, dense_gemm_s
 from moeplan.costmodels.layer import dense_part, routed_part
@@ -65,7 +65,10 @@ def _head(model: Model, profile: Profile, workload: Workload, layouts: Layouts) 
     curve = profile.gemm("bf16")
     hidden = float(model.hidden)
     product = curve.seconds(tokens, vocab, hidden) + curve.seconds(tokens, hidden, vocab) + curve.seconds(vocab, hidden, tokens)
-    return {"output GEMM": product / COMPUTE.sustained, "loss": profile.stream_s(STEP.logit_bytes * tokens * vocab)}
+    return {
+        "output GEMM": product / profile.sustained_gemm("bf16"),
+        "loss": profile.stream_s(STEP.logit_bytes * tokens * vocab),
+    }
 
 
 def _prediction(model: Model, profile: Profile, workload: Workload, layouts: Layouts, head: dict[str, Any]) -> dict[str, Any]:
@@ -132,15 +135,20 @@ def expert_group(profile: Profile, layouts: Layouts) -> Group:
     return group(profile, layouts.edp, layouts.ep * layouts.etp)
 
 
-def data_parallel_exposed_s(scatter: Any, gather: Any, micro_batch_s: Any, batches: Any, *, overlap: Any, fsdp: Any) -> Any:
-    """What stays visible of gradient reduction and parameter gather, given one micro-batch's compute, [n]."""
+def data_parallel_exposed_s(
+    scatter: Any, gather: Any, micro_batch_s: Any, batches: Any, *, overlap: Any, every_batch: Any, hidden_compute: float
+) -> Any:
+    """What stays visible of gradient reduction and parameter gather, given one micro-batch's compute, [n].
+
+    `every_batch`: FSDP gathers weights for forward and backward and scatters gradients in every micro-batch, behind the share
+    `hidden_compute` of its compute.
+    """
     backward, forward = micro_batch_s * (2.0 / 3.0), micro_batch_s * (1.0 / 3.0)
     hide = OVERLAP.data_hidden_compute * overlap
     once = np.maximum(scatter - hide * backward, 0.0) + np.maximum(gather - hide * forward, 0.0)
     once = once + OVERLAP.data_exposed * (scatter + gather)
-    if not np.any(fsdp):
+    if not np.any(every_batch):
         return once
-    # FSDP gathers weights for forward and backward, and scatters gradients, in every micro-batch.
     each = 2.0 * gather + scatter
-    sharded = np.maximum(each - OVERLAP.fsdp_hidden_compute * micro_batch_s, 0.0) + OVERLAP.data_exposed * each
-    return np.where(fsdp, batches * sharded, once)
+    sharded = np.maximum(each - hidden_compute * micro_batch_s, 0.0) + OVERLAP.data_exposed * each
+    return np.where(every_batch, batches * sharded, once)

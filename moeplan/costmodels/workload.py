@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,22 @@ class Era:
     """What CUDA graphs can cover."""
     host_s_per_kernel: Mapping[str, float] = field(hash=False)
     """Host time to launch one kernel, by host kind (x86, grace), seconds."""
+    megatron_core: str = ""
+    """First version of Megatron-Core it describes; empty: none."""
+    framework: Literal["megatron", "pytorch", "xla"] = "megatron"
+    """Whose software; `solve` and `export` know Megatron's."""
+    attention: Literal["native", "fa2", "unfused"] = "native"
+    """Attention kernel: the device's best (cuDNN, FlashAttention-3), FlashAttention-2 on every device, or two GEMMs around a
+    softmax that keep the scores in memory."""
+    overlaps: bool = True
+    """Whether tensor-parallel exchange and gradient reduction can overlap compute."""
+    fsdp_hidden_compute: float = 0.0
+    """Share of a micro-batch's compute behind which FSDP gathers weights and scatters gradients."""
+    traffic: float = 1.0
+    """Element-wise memory traffic over that of fused kernels."""
+    logit_bytes: float = 2.0
+    """Device bytes per logit that the loss takes: 2 where the gradient overwrites the bf16 logits (Transformer Engine's fused
+    cross entropy)."""
     source: str
     remark: str = ""
 
@@ -116,17 +133,32 @@ def era_names() -> list[str]:
 
 
 def load_era(name: str) -> Era:
-    """The era of that name; "latest" is the newest."""
+    """The era of that name or of a version of Megatron-Core ("0.14"); "latest" is Megatron's newest."""
     if name == "latest":
-        return list(_eras().values())[-1]
+        return _megatron_eras()[-1]
+    if version := re.fullmatch(r"(?:megatron-?)?(?:core[-_ ]?)?v?(\d+)\.(\d+)(?:\.\d+)?", name.strip().lower()):
+        wanted = int(version[1]), int(version[2])
+        dated = [e for e in _megatron_eras() if e.megatron_core and _version(e) <= wanted]
+        if not dated:
+            raise UnknownNameError("era", name, _eras(), hint="versions of Megatron-Core from 0.6 on are known")
+        return dated[-1]
     if name not in _eras():
         raise UnknownNameError("era", name, _eras())
     return _eras()[name]
 
 
+def _version(era: Era) -> tuple[int, int]:
+    major, minor = era.megatron_core.split(".")
+    return int(major), int(minor)
+
+
+def _megatron_eras() -> list[Era]:
+    return [era for era in _eras().values() if era.framework == "megatron"]
+
+
 def era_at(month: str) -> Era:
     """The era that was current in a month ("2025-04"); the first one for earlier months."""
-    eras = list(_eras().values())
+    eras = _megatron_eras()
     return next((e for e in reversed(eras) if e.since <= month), eras[0])
 
 
@@ -148,6 +180,8 @@ class Workload:
     """Tokens of the most loaded expert-parallel rank over the mean; 1.0 is forced balance."""
     capacity_factor: float = 0.0
     """Expert capacity over the mean load, tokens above it are dropped; 0: no token is dropped."""
+    document_len: int = 0
+    """Tokens of the documents that are packed into a sequence and attend to themselves alone; 0: a sequence is one document."""
 
     def __post_init__(self) -> None:
         for name, most in (("seq_len", MOST_TOKENS), ("global_batch", MOST_SEQUENCES)):
@@ -163,6 +197,11 @@ class Workload:
             raise ProblemError(f"imbalance={self.imbalance} must be at least 1.0 (the most loaded rank over the mean)")
         if not 0.0 <= self.capacity_factor < math.inf:
             raise ProblemError(f"capacity_factor={self.capacity_factor} must be 0 (no token is dropped) or above")
+
+    @property
+    def attended_len(self) -> int:
+        """Tokens of what attends to itself: a document, or the whole sequence."""
+        return min(self.document_len, self.seq_len) if self.document_len else self.seq_len
 
     @property
     def tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 The slowest pipeline rank does at least the mean share of the work, whatever the split: m micro-batches x (all layers, head and
 prediction layers) / pp. Per sample that work depends on tp, cp, ep, etp, the micro-batch and the features; its least value over
-micro-batches, with the least exposed exchange over all dispatchers and no recompute, bounds every layout of the group. The part
+micro-batches, dispatchers and overlaps, without recompute, bounds every layout of the group. The part
 of gradient reduction that no overlap hides, the optimizer and the fixed overhead come on top. Tests hold it below every price.
 """
 
@@ -28,7 +28,7 @@ def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequenc
         return np.zeros(0)
     model, profile, workload = problem.model, problem.profile, problem.workload
     keys, of_row = groups.distinct("tp", "cp", "ep", "etp", "sequence_parallel", "cuda_graphs")
-    rows = space.cross(space.cross(keys, {"micro_batch": micro_batches}), _least_exposed(problem))
+    rows = space.cross(space.cross(keys, {"micro_batch": micro_batches}), space.feature_options(problem))
     whole = Pricing(model, profile, workload, rows).whole_micro_batch_s()
     per_sample: Any = np.asarray(whole / rows.micro_batch).reshape(len(keys), -1).min(axis=1)
     work = workload.global_batch / groups.dp * per_sample[of_row] / groups.pp
@@ -36,14 +36,6 @@ def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequenc
     bound: Any = work + STEP.overhead_s
     for parameters, where in ((mean.dense, dense_group(profile, groups)), (mean.expert, expert_group(profile, groups))):
         once = data_parallel_times(profile, workload, groups, parameters, where)
-        reduced = np.where(groups.shards_as("fsdp"), 0.0, OVERLAP.data_exposed * (once.scatter + once.gather))
+        reduced = np.where(groups.shards_as("fsdp"), 0.0, profile.exposed * OVERLAP.data_exposed * (once.scatter + once.gather))
         bound = bound + reduced + once.optimizer
     return bound
-
-
-def _least_exposed(problem: Problem) -> dict[str, Sequence[Any]]:
-    """Feature options with every overlap that the space offers switched on: no option of the space exposes less."""
-    options = space.feature_options(problem)
-    dispatchers = list(dict.fromkeys(options["dispatcher"]))
-    overlaps = {name: [max(values)] * len(dispatchers) for name, values in options.items() if name != "dispatcher"}
-    return {"dispatcher": dispatchers, **overlaps}

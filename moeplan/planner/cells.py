@@ -155,3 +155,29 @@ def _listed(text: str, known: Mapping[str, str], where: str, what: str) -> tuple
         if name not in known:
             raise Unsupported(f"{where}: {what} '{name}' is not known")
     return tuple(dict.fromkeys(known[n] for n in names))
+
+
+def other_framework(text: str) -> str | None:
+    """The era of a framework that is not Megatron, where a source names one."""
+    folded = text.lower()
+    if re.search(r"framework=(maxtext|paxml)", folded):
+        return "xla-2024"
+    if "torch.compile" in folded:
+        return "pytorch-compiled-2025" if re.search(r"(\b|_)202[5-9]", folded) else "pytorch-compiled"
+    if "llm-foundry" in folded:
+        return "llm-foundry"
+    if re.search(r"\b(automodel|xtuner|torchtune|llama-?factory|axolotl|veomni)\b", folded):
+        return "pytorch-2025"
+    if re.search(r"torchtitan|hugging face modules|deepspeed zero", folded):
+        return "pytorch-eager"
+    return None
+
+
+def device_variant(gpu: str, source: str) -> str:
+    """The device that a source describes more closely than its name does."""
+    return "H100-96GB" if gpu == "H100" and re.search(r"96 ?GB.*500 ?W", source) else gpu
+
+
+def measured_machine(gpu: str, source: str) -> str:
+    """A machine whose own kernels were published along with its runs; empty: none."""
+    return "b200-simumax" if gpu == "B200" and "SimuMax" in source else ""

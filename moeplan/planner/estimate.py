@@ -20,7 +20,7 @@ from moeplan.costmodels.breakdown import Breakdown
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.uncertainty import interval
-from moeplan.errors import MoeplanError, SchemaError, nearest
+from moeplan.errors import ClusterError, MoeplanError, SchemaError, nearest
 from moeplan.planner.cells import Unsupported
 from moeplan.planner.constraints import violations
 from moeplan.planner.problem import Problem
@@ -104,8 +104,29 @@ def _check_columns(names: Sequence[str], path: Path) -> None:
         )
 
 
-def price_runs(rows: Sequence[Mapping[str, str]], progress: Callable[[int, int], None] | None = None) -> list[PricedRun]:
-    """Predictions for all rows, in their order."""
+def profile_for_runs(profile: Profile) -> Callable[[Cluster], Profile]:
+    """What prices runs with one profile: its own hosts at the count of GPUs of a run; other machines are refused."""
+
+    def use(cluster: Cluster) -> Profile:
+        mine = profile.cluster
+        for what, own, other, hint in (
+            ("device", mine.device.name, cluster.device.name, None),
+            ("machine", mine.machine or "any", cluster.machine or "any", None),
+            ("GPUs of a domain", mine.domain_gpus, cluster.domain_gpus, "the cell gpus_per_node says them"),
+        ):
+            if own != other:
+                raise ClusterError(f"the profile's {what}: {own}, that of the run: {other}", hint=hint)
+        return profile.resized(cluster.gpus)
+
+    return use
+
+
+def price_runs(
+    rows: Sequence[Mapping[str, str]],
+    progress: Callable[[int, int], None] | None = None,
+    profile_for: Callable[[Cluster], Profile] | None = None,
+) -> list[PricedRun]:
+    """Predictions for all rows, in their order; `profile_for` gives the profile of a cluster, by default the nominal one."""
     out: dict[int, PricedRun] = {}
     groups: dict[tuple[Any, ...], list[tuple[int, Run]]] = defaultdict(list)
     for i, row in enumerate(rows):
@@ -115,17 +136,17 @@ def price_runs(rows: Sequence[Mapping[str, str]], progress: Callable[[int, int],
         except Unsupported as reason:
             out[i] = PricedRun(id=row.get("id", ""), status="unsupported", reason=str(reason))
     for members in groups.values():
-        out |= _price_group(members)
+        out |= _price_group(members, profile_for or profile_of)
         if progress is not None:
             progress(len(out), len(rows))
     return [out[i] for i in range(len(rows))]
 
 
-def _price_group(members: list[tuple[int, Run]]) -> dict[int, PricedRun]:
+def _price_group(members: list[tuple[int, Run]], profile_for: Callable[[Cluster], Profile]) -> dict[int, PricedRun]:
     """Runs of the same model, cluster and workload, priced as one array."""
     first = members[0][1]
     try:
-        profile = profile_of(first.cluster)
+        profile = profile_for(first.cluster)
         problem = Problem(model=first.model, profile=profile, workload=first.workload, extend_positions=True)
         layouts = Layouts.of([run.layout for _, run in members])
         pricing = Pricing(first.model, profile, first.workload, layouts)
@@ -133,7 +154,7 @@ def _price_group(members: list[tuple[int, Run]]) -> dict[int, PricedRun]:
     except MoeplanError as error:
         reason = str(error)
         return {i: PricedRun(id=run.id, status="unsupported", reason=reason) for i, run in members}
-    low, high = interval(first.model, profile, step.total)
+    low, high = interval(first.model, profile, first.workload, step)
     out = {}
     for place, (i, run) in enumerate(members):
         remarks = [

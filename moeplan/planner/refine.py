@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from moeplan.costmodels.layout import Layouts
-from moeplan.costmodels.memory import in_flight, micro_batches
+from moeplan.costmodels.memory import micro_batches
+from moeplan.costmodels.peak import in_flight
 from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import format_split, rank_contents
 from moeplan.planner.constraints import violations

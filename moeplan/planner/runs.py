@@ -29,6 +29,12 @@ T = TypeVar("T")
 REQUIRED_COLUMNS = ("id", "model", "gpu", "num_gpus", "seq_len", "gbs", "tp", "pp")
 """Columns without which no row can be priced."""
 
+PACKED_TOKENS = 512
+"""Length of a fine-tuning example where it is packed and not told: a few hundred tokens in common instruction sets."""
+
+MLPERF_VOCABULARY = 32_768
+"""MLPerf trains Llama 3.1 405B with the tokenizer of Mixtral 8x22B."""
+
 SURPLUS = "cells without a column"
 """Key of what a row has beyond the columns of its table."""
 
@@ -120,6 +126,8 @@ class _Reader:
         text = " ".join(self.row.get(k, "") for k in ("era", "source", "source_ref", "id"))
         if name := self.row.get("era"):
             return load_era(name)
+        if framework := cells.other_framework(text + self.notes):
+            return load_era(framework)
         month = month_of(text)
         if month is None:
             return load_era(self._assume("era", load_era("latest").name))
@@ -133,10 +141,15 @@ class _Reader:
         model = _model(self.row["model"])
         if re.search(r"\bMTP ?= ?0\b|\b(no|w/o|without) MTP\b|\bMTP (off|disabled)", self.notes, re.IGNORECASE):
             model = replace(model, mtp=())
+        if "mlperf" in self.row.get("source", "").lower() and model.name.startswith("llama3.1-405b"):
+            model = replace(model, vocab=MLPERF_VOCABULARY)
         return model
 
     def _cluster(self) -> Cluster:
         gpu, gpus = self.row["gpu"], self._integer("num_gpus")
+        if machine := cells.measured_machine(gpu, self.row.get("source", "")):
+            return replace(_cluster(gpu, gpus), machine=machine)
+        gpu = cells.device_variant(gpu, self.row.get("source", ""))
         usual = _cluster(gpu, 1)
         domain = self._integer("gpus_per_node", usual.domain_gpus)
         if domain == usual.domain_gpus:
@@ -154,8 +167,10 @@ class _Reader:
         if name.lower() == "fp8":
             self.remarks.append("precision: fp8 does not say how it scales, assumed per-tensor scaling")
         source = self.row.get("source", "").lower()
-        tuned = "mlperf" in source or "megatron-bridge" in source
-        gradient = 2 if tuned and "FP32" not in self.notes else 4
+        tuned = re.search(r"mlperf|megatron-bridge|nemo|dgx cloud", source) is not None
+        # FSDP reduces in the precision of the forward, but for torchtitan's.
+        sharded = self._sharding() == "fsdp" and "torchtitan" not in source
+        gradient = 2 if (tuned or sharded) and "FP32" not in self.notes else 4
         moments = 2 if re.search(r"adam_moments=bfloat16|BF16 Adam moments", self.notes) else 4
         padded = "rank_capacity_factor" in self.other
         drop = cells.capacity_factor(self.other) if model.moe is not None else 0.0
@@ -170,21 +185,25 @@ class _Reader:
             moment_bytes=moments,
             imbalance=self._assume("routing imbalance of real data", 1.1) if real and not drop else 1.0,
             capacity_factor=0.0 if padded else drop,
+            document_len=self._packed_documents(),
         )
 
+    def _packed_documents(self) -> int:
+        """Length of packed documents: fine-tuning examples are short."""
+        packed = re.search(r"task=sft|packing|packed", self.notes) and "mock data" not in self.notes
+        return self._assume("packed documents of fine-tuning, tokens", PACKED_TOKENS) if packed else 0
+
     def _layout(self, model: Model, cluster: Cluster, workload: Workload) -> Layout:
-        kind = self.row.get("dp_type", "")
-        if "fsdp=" in self.other:
-            sharding = "fsdp"
-        else:
-            sharding = self._noted(cells.sharding(kind)) if kind else cells.sharding(self._assume("dp_type", "dist-opt"))[0]
+        if not self.row.get("dp_type") and "fsdp=" not in self.other:
+            self._assume("dp_type", "dist-opt")
+        sharding = self._noted((self._sharding(), cells.sharding(self.row.get("dp_type") or "dist-opt")[1]))
         degree = 1 if sharding == "fsdp" else None
         tp, pp = self._integer("tp", degree), self._integer("pp", degree)
         cp = self._integer("cp", 1)
         if cluster.gpus % (tp * cp * pp):
             raise Unsupported(f"tp*cp*pp = {tp}*{cp}*{pp} = {tp * cp * pp} does not divide {cluster.gpus} GPUs")
         dp = cluster.gpus // (tp * cp * pp)
-        ep, etp = self._expert_degrees(model, tp)
+        ep, etp = self._expert_degrees(model, tp, degree)
         if tp * cp * dp % (etp * ep):
             raise Unsupported(f"etp*ep = {etp}*{ep} = {etp * ep} does not divide the {tp * cp * dp} GPUs of a stage")
         split, vpp = self._split(model, workload, pp)
@@ -197,17 +216,20 @@ class _Reader:
             recompute=self._listed("recompute"),
             dispatcher=self._dispatcher(model, workload.era) if model.moe else "none",  # type: ignore[arg-type]
             ep_overlap=self._switch("a2a_overlap", False, ep > 1),
-            tp_overlap=self._tp_overlap(model, tp),
-            dp_overlap="no overlap" not in self.other,
+            tp_overlap=workload.era.overlaps and self._tp_overlap(model, tp),
+            dp_overlap=workload.era.overlaps and "no overlap" not in self.other,
             cuda_graphs=self._listed("cuda_graphs"),
             optimizer_offload=self._offload(),
             stages=split,
         )  # fmt: skip
 
-    def _expert_degrees(self, model: Model, tp: int) -> tuple[int, int]:
+    def _sharding(self) -> str:
+        return "fsdp" if "fsdp=" in self.other else cells.sharding(self.row.get("dp_type") or "dist-opt")[0]
+
+    def _expert_degrees(self, model: Model, tp: int, default: int | None) -> tuple[int, int]:
         if model.moe is None:
             return 1, 1
-        ep = self._integer("ep")
+        ep = self._integer("ep", default)
         given = self.row.get("etp")
         etp = self._integer("etp") if given else self._assume("etp", tp if self._month < _FOLDING else 1)
         if model.moe.experts % ep:
@@ -216,7 +238,9 @@ class _Reader:
 
     def _split(self, model: Model, workload: Workload, pp: int) -> tuple[str, int]:
         layers = len(model.layers)
-        whole = layers // pp if pp > 1 and layers % pp == 0 else 1
+        # Whole chunks of one layer, or with the embedding and the head in slots of their own.
+        slots = layers if layers % pp == 0 else layers + 2
+        whole = slots // pp if slots % pp == 0 else 1
         vpp = self._integer("vpp", whole if pp > 1 else 1)
         if pp == 1:
             vpp = 1
@@ -251,7 +275,8 @@ class _Reader:
         if text and text.lower() != "none":
             return cells.dispatcher(text)
         grouped = model.moe is not None and model.moe.groups > 1
-        known = [("hybridep", True), ("deepep", grouped), ("alltoall", True)]
+        tuned = "megatron-bridge" in self.row.get("source", "").lower()
+        known = [("hybridep", tuned), ("deepep", tuned and grouped), ("alltoall", True)]
         return self._assume("dispatcher", next(n for n, wanted in known if wanted and n in era.dispatchers))
 
     def _tp_overlap(self, model: Model, tp: int) -> bool:
@@ -276,4 +301,4 @@ def _cluster(gpu: str, gpus: int) -> Cluster:
 
 def group_key(run: Run) -> tuple[Any, ...]:
     """Runs with the same key are priced together: they share model, cluster and workload."""
-    return (run.model.name, len(run.model.mtp), run.cluster.name, run.cluster.domain_gpus, run.workload)
+    return (run.model.name, run.model.vocab, len(run.model.mtp), run.cluster.name, run.cluster.domain_gpus, run.workload)

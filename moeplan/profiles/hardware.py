@@ -114,17 +114,17 @@ class Cluster:
     """Link from a GPU to the memory of its host, rate of one GPU: PCIe, or NVLink-C2C where the host is a Grace."""
     price_per_gpu_hour: float = 0.0
     """Price of one GPU for an hour, in any one currency; 0: not given."""
+    machine: str = ""
+    """A measured machine of the catalog of curves whose own measurements count; empty: those of the device."""
 
     def __post_init__(self) -> None:
         where = f"cluster '{self.name}'"
         for name in ("gpus", "gpus_per_node", "domain_gpus", "nics_per_node"):
-            _count(where, name, getattr(self, name))
+            _count(where, name, value := getattr(self, name))
+            if value > MAX_GPUS:
+                what = f"{value} GPUs" if name == "gpus" else f"{name} is {value}"
+                raise ClusterError(f"{where}: {what}, at most {MAX_GPUS} are handled")
         node, domain = self.gpus_per_node, self.domain_gpus
-        if self.gpus > MAX_GPUS:
-            raise ClusterError(f"{where}: {self.gpus} GPUs, at most {MAX_GPUS} are handled")
-        for name in ("gpus_per_node", "domain_gpus", "nics_per_node"):
-            if getattr(self, name) > MAX_GPUS:
-                raise ClusterError(f"{where}: {name} is {getattr(self, name)}, at most {MAX_GPUS} are handled")
         if self.gpus > node and self.gpus % node:
             full = self.gpus - self.gpus % node
             raise ClusterError(

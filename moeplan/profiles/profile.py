@@ -8,6 +8,7 @@ profile says so in `origins`: such a curve carries lower confidence. Units: seco
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from moeplan.errors import ClusterError, ProblemError
+from moeplan.errors import ClusterError, ProblemError, SchemaError, nearest_hint
 from moeplan.profiles.curves import (
     AttentionCurve,
     CollectiveCurve,
@@ -26,8 +27,10 @@ from moeplan.profiles.curves import (
     QuantizedGemmCurve,
     device_curves,
 )  # fmt: skip
-from moeplan.profiles.hardware import Cluster, Link, load_cluster
-from moeplan.records import load_yaml
+from moeplan.profiles.hardware import Cluster, Device, load_cluster
+from moeplan.profiles.origin import CalibratedOn, Origin
+from moeplan.profiles.scaling import PEAKS, Source, curves_of, ratio, scaled_attention, scaled_gemm, scaled_grouped
+from moeplan.records import load_yaml, save_text
 
 C = TypeVar("C")
 
@@ -37,22 +40,14 @@ ALL_TO_ALL_SHARE = 0.86
 """Plain all-to-all across nodes over the NICs' rate: 0.81 to 0.90 on 2 to 8 nodes of H100 (arXiv:2603.07685, table 7)."""
 HOP_S = 5e-6
 """One hop between nodes where the fabric gives none: NCCL over InfiniBand, small messages."""
+FLASH_ATTENTION_2_FLOP_PER_S = 327.9e12
+"""FlashAttention-2 forward on H100, head size 128, 8192 tokens (Azure/AI-benchmarking-guide); nothing newer speeds it up."""
 SEND_SHARE = 0.75
 """Point-to-point over NVLink, of the one-direction rate: NCCL rings reach 0.68 to 0.75 (A100, H100, B200)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a curve comes from."""
-
-    device: str
-    """The device it was measured on."""
-    measured: bool
-    """False: scaled from a relative or from another precision."""
-    note: str
-    """Source of the measurement, and how it was scaled."""
-    error: float
-    """Median relative error of the fit on rows that it did not see."""
+SUSTAINED = ("bf16", "quantized", "attention")
+"""Kinds of kernels with a sustained share: GEMMs in bf16 and with quantised inputs (grouped ones too), and attention."""
+MOST_FACTOR = 100.0
+"""Larger factors and shares are taken for slips."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,8 +68,32 @@ class Profile:
     """Collectives inside a scale-up domain by operation and ranks."""
     dispatches: Mapping[str, DispatchCurve]
     """De-duplicating dispatch and combine by library, "-scale-out" where nodes are crossed."""
+    sustained: Mapping[str, float] = field(default_factory=dict)
+    """Share of the curves' rates that a step sustains for minutes, by kind of kernel (`SUSTAINED`); 1: all."""
+    host: float = 1.0
+    """Factor on the host's time to launch a kernel: how this host compares with the one that the software era was timed on."""
+    exposed: float = 1.0
+    """Factor on the communication that overlap leaves exposed: tensor, context, expert and data parallelism."""
     origins: Mapping[str, Origin] = field(default_factory=dict)
     """Where each curve comes from, by "operation/key"."""
+    calibrated_on: tuple[CalibratedOn, ...] = ()
+    """Measured runs that corrected `sustained`, `host` and `exposed`, oldest first."""
+    path: str = ""
+    """Absolute path of the file that it was read from; empty: it was made in this process."""
+    sha256: str = ""
+    """SHA-256 of that file."""
+
+    def __post_init__(self) -> None:
+        for kind in self.sustained:
+            if kind not in SUSTAINED:
+                raise SchemaError(
+                    f"profile '{self.name}': unknown kind '{kind}' in sustained", hint=nearest_hint(kind, SUSTAINED)
+                )
+        factors = {"host": self.host, "exposed": self.exposed, **{f"sustained {k}": v for k, v in self.sustained.items()}}
+        for what, value in {"stream_bytes_per_s": self.stream_bytes_per_s, **factors}.items():
+            most = MOST_FACTOR if what in factors else math.inf
+            if not 0.0 < value <= most or value == math.inf:
+                raise SchemaError(f"profile '{self.name}': {what} is {value:g}, above 0 and up to {most:g} is needed")
 
     @property
     def scale_out_bytes_per_s(self) -> float:
@@ -96,6 +115,20 @@ class Profile:
         """What one GPU attains to one peer inside a domain."""
         return SEND_SHARE * self.cluster.scale_up.bytes_per_s
 
+    def resized(self, gpus: int) -> Profile:
+        """The same curves for another count of the same GPUs."""
+        return replace(self, cluster=self.cluster.resized(gpus))
+
+    def save(self, path: Path) -> None:
+        """Write the profile file, whole or not at all."""
+        from moeplan.profiles.profile_file import profile_text
+
+        save_text(path, profile_text(self), "profile")
+
+    def sustained_gemm(self, precision: str) -> float:
+        """Share of a GEMM curve's rate that a step sustains."""
+        return self.sustained.get("bf16" if precision == "bf16" else "quantized", 1.0)
+
     def stream_s(self, moved_bytes: Any) -> Any:
         """Seconds to read or write `moved_bytes` of device memory."""
         return moved_bytes / self.stream_bytes_per_s
@@ -113,8 +146,14 @@ class Profile:
         curve = self.gemm(precision)
         return elements * (curve.quantize_s if isinstance(curve, QuantizedGemmCurve) else 0.0)
 
-    def attention(self, qk_dim: int, v_dim: int) -> AttentionCurve:
-        """Attention of a head size: the measured one, else the next smaller."""
+    def attention(self, qk_dim: int, v_dim: int, kernel: Literal["native", "fa2"] = "native") -> AttentionCurve:
+        """Attention of a head size: the measured one, else the next smaller; FlashAttention-2 is no faster than on Hopper."""
+        curve = self._attention(qk_dim, v_dim)
+        if kernel == "native" or self.cluster.device.capability_number < 9.0:
+            return curve
+        return replace(curve, flop_per_s=min(curve.flop_per_s, FLASH_ATTENTION_2_FLOP_PER_S))
+
+    def _attention(self, qk_dim: int, v_dim: int) -> AttentionCurve:
         if f"{qk_dim}/{v_dim}" in self.attentions:
             return self.attentions[f"{qk_dim}/{v_dim}"]
         sizes = sorted(int(k) for k in self.attentions if "/" not in k)
@@ -163,23 +202,9 @@ def _built(cluster: Cluster) -> Profile:
 
 
 @functools.cache
-def _relatives() -> dict[str, Any]:
-    data: dict[str, Any] = load_yaml(Path(__file__).parent / "catalog" / "relatives.yaml", "catalog file")
+def _catalog(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = load_yaml(Path(__file__).parent / "catalog" / f"{name}.yaml", "catalog file")
     return data
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A measured machine that curves are taken from, and the ratios that scale them to the target."""
-
-    name: str
-    curves: DeviceCurves
-    compute: float
-    memory: float
-    scale_up: float
-    scale_out: float
-    peaks: Mapping[str, float]
-    measured: bool
 
 
 class _Builder:
@@ -189,40 +214,49 @@ class _Builder:
         self.cluster = cluster
         self.device = cluster.device
         self.origins: dict[str, Origin] = {}
-        rules = _relatives()
+        rules = _catalog("relatives")
         chain = rules["relatives"].get(self.device.name)
         if chain is None:
             raise ClusterError(f"device '{self.device.name}' has neither measurements nor a measured relative")
-        own = self.device.name.lower()
+        own = cluster.machine or self.device.name.lower()
         self.precisions: dict[str, list[str]] = rules["precisions"]
-        self.sources = [self._source(name, rules["machines"], own) for name in [own, *chain] if device_curves(name)]
+        self.machines: dict[str, str] = rules["machines"]
+        names = [name for name in [own, *chain] if device_curves(name)]
+        # Rates of all operations follow the target's dense GEMM, be it measured here or scaled from the nearest relative.
+        first = next((name for name in names if "bf16" in curves_of(name).gemm), names[0])
+        there = load_cluster(f"{self.machines.get(first, first)}x1").device
+        self.gemm_flop_per_s = curves_of(first).gemm["bf16"].flop_per_s * self._nearest_ratio(own, first, there)
+        self.sources = [self._source(name, own) for name in names]
 
-    def _source(self, name: str, machines: Mapping[str, str], own: str) -> _Source:
-        there, curves = load_cluster(f"{machines.get(name, name)}x1"), device_curves(name) or DeviceCurves()
-        mine = device_curves(own) or DeviceCurves()
-        return _Source(
+    def _source(self, name: str, own: str) -> Source:
+        there, curves = load_cluster(f"{self.machines.get(name, name)}x1"), curves_of(name)
+        return Source(
             name=name,
             curves=curves,
-            compute=self._compute_ratio(mine, curves, there),
+            compute=self._compute_ratio(curves, there.device),
             memory=self.device.memory_bytes_per_s / there.device.memory_bytes_per_s,
-            scale_up=_ratio(self.cluster.scale_up, there.scale_up),
+            scale_up=ratio(self.cluster.scale_up, there.scale_up),
             scale_out=self.cluster.scale_out_bytes_per_s_per_gpu / there.scale_out_bytes_per_s_per_gpu,
             peaks=there.device.peak_flop_per_s,
             measured=name == own,
         )
 
-    def _compute_ratio(self, mine: DeviceCurves, curves: DeviceCurves, there: Cluster) -> float:
-        """Compute rate of the target over that of a measured machine: by fitted GEMM, by best measured GEMM, by peak."""
-        if "bf16" in mine.gemm and "bf16" in curves.gemm:
-            return mine.gemm["bf16"].flop_per_s / curves.gemm["bf16"].flop_per_s
-        best, other = mine.gemm_peak_flop_per_s.get("bf16"), curves.gemm_peak_flop_per_s.get("bf16")
-        if best and other:
-            return best / other
-        return self.device.peak_flop_per_s["bf16"] / there.device.peak_flop_per_s["bf16"]
+    def _nearest_ratio(self, own: str, name: str, there: Device) -> float:
+        """Compute rate of the target over that of the machine whose GEMM it takes: by best measured GEMM, else by peak."""
+        best, other = curves_of(own).gemm_peak_flop_per_s.get("bf16"), curves_of(name).gemm_peak_flop_per_s.get("bf16")
+        if own == name:
+            return 1.0
+        return best / other if best and other else self.device.peak_flop_per_s["bf16"] / there.peak_flop_per_s["bf16"]
+
+    def _compute_ratio(self, curves: DeviceCurves, there: Device) -> float:
+        """Compute rate of the target over that of a measured machine: by fitted GEMM, else by peak."""
+        if "bf16" in curves.gemm:
+            return self.gemm_flop_per_s / curves.gemm["bf16"].flop_per_s
+        return self.device.peak_flop_per_s["bf16"] / there.peak_flop_per_s["bf16"]
 
     def build(self) -> Profile:
-        gemms = {"bf16": self._find("gemm", "bf16", _scaled_gemm)}
-        for precision, (peak, _) in _PEAKS.items():
+        gemms = {"bf16": self._find("gemm", "bf16", scaled_gemm)}
+        for precision, (peak, _) in PEAKS.items():
             if precision != "bf16" and peak in self.device.peak_flop_per_s:
                 gemms[precision] = self._quantized(precision, peak)
         grouped: dict[str, GroupedGemmCurve] = {}
@@ -239,10 +273,20 @@ class _Builder:
             attentions=self._attentions(),
             collectives=self._collectives(),
             dispatches=self._dispatches(),
+            sustained=self._sustained(),
             origins=self.origins,
         )
 
-    def _find(self, table: str, key: str, scale: Callable[[Any, _Source], Any], label: str = "") -> Any:
+    def _sustained(self) -> dict[str, float]:
+        """By kind of kernel, from the machine or device itself, else from its relatives in their order."""
+        shares = _catalog("sustained")
+        out: dict[str, float] = {}
+        for name in (self.cluster.machine, self.device.name, *_catalog("relatives")["relatives"][self.device.name], "h100"):
+            known: dict[str, float] = next((v for k, v in shares.items() if k.lower() == name.lower()), {})
+            out = {**known, **out}
+        return out
+
+    def _find(self, table: str, key: str, scale: Callable[[Any, Source], Any], label: str = "") -> Any:
         for source in self.sources:
             curve = getattr(source.curves, table).get(key)
             if curve is not None:
@@ -250,7 +294,7 @@ class _Builder:
                 return curve if source.measured else scale(curve, source)
         raise ClusterError(f"no measurement of {table} '{key}' for {self.device.name} or its relatives")
 
-    def _note(self, what: str, source: _Source, curve: Any, rule: str) -> None:
+    def _note(self, what: str, source: Source, curve: Any, rule: str) -> None:
         measured = source.measured and not rule
         how = rule or (
             "" if source.measured else f"scaled from {source.name}: compute x{source.compute:.2f}, memory x{source.memory:.2f}"
@@ -266,10 +310,10 @@ class _Builder:
                 curve = source.curves.quantized_gemm.get(other, curve)
                 if curve is None:
                     continue
-                gain = self.device.peak_flop_per_s[peak] / self.device.peak_flop_per_s.get(_PEAKS[other][0], np.inf)
+                gain = self.device.peak_flop_per_s[peak] / self.device.peak_flop_per_s.get(PEAKS[other][0], np.inf)
                 rule = "" if other == precision else f"rate of {other} x{gain:.2f}"
                 self._note(f"gemm/{precision}", source, curve, rule)
-                scaled = curve if source.measured else _scaled_gemm(curve, source)
+                scaled = curve if source.measured else scaled_gemm(curve, source)
                 return replace(scaled, flop_per_s=scaled.flop_per_s * (gain if rule else 1.0))
         raise ClusterError(f"no measurement of a quantised GEMM for {self.device.name} or its relatives")
 
@@ -285,8 +329,8 @@ class _Builder:
                         curve,
                         "" if key == precision + direction else "as forward",
                     )
-                    return curve if source.measured else _scaled_grouped(curve, source)
-        base: GroupedGemmCurve = self._find("grouped_gemm", f"bf16{direction}", _scaled_grouped, label=precision + direction)
+                    return curve if source.measured else scaled_grouped(curve, source)
+        base: GroupedGemmCurve = self._find("grouped_gemm", f"bf16{direction}", scaled_grouped, label=precision + direction)
         origin = self.origins[f"grouped_gemm/{precision}{direction}"]
         self.origins[f"grouped_gemm/{precision}{direction}"] = replace(
             origin, measured=False, note=f"{origin.note}; dense {precision} over bf16"
@@ -301,7 +345,7 @@ class _Builder:
 
     def _attentions(self) -> dict[str, AttentionCurve]:
         sizes = {size for source in self.sources for size in source.curves.attention}
-        return {size: self._find("attention", size, _scaled_attention) for size in sorted(sizes)}
+        return {size: self._find("attention", size, scaled_attention) for size in sorted(sizes)}
 
     def _collectives(self) -> dict[str, dict[int, CollectiveCurve]]:
         source = next(s for s in self.sources if s.curves.collectives)
@@ -330,8 +374,8 @@ class _Builder:
                     out[key] = replace(curve, bytes_per_s=curve.bytes_per_s * getattr(source, link))
         return out
 
-    def _dispatch(self, key: str, substitute: str) -> tuple[DispatchCurve, _Source]:
-        h100 = self._source("h100", {}, self.device.name.lower())
+    def _dispatch(self, key: str, substitute: str) -> tuple[DispatchCurve, Source]:
+        h100 = self._source("h100", self.device.name.lower())
         for name in (key, substitute):
             for source in (*self.sources, h100):
                 if name in source.curves.dispatch:
@@ -340,28 +384,3 @@ class _Builder:
                     self._note(f"dispatch/{key}", source, curve, rule)
                     return curve, source
         raise ClusterError(f"no measurement of '{key}'")
-
-
-_PEAKS = {
-    "bf16": ("bf16", 2.0), "fp8": ("fp8", 1.0), "fp8-blockwise": ("fp8", 1.0), "fp8-mx": ("fp8", 1.0), "nvfp4": ("fp4", 0.5),
-}  # fmt: skip
-"""Precision of a GEMM: the device peak that bounds it, and bytes of an element."""
-
-
-def _ratio(mine: Link, other: Link) -> float:
-    return mine.bytes_per_s / other.bytes_per_s
-
-
-def _scaled_gemm(curve: Any, source: _Source) -> Any:
-    scaled = replace(curve, flop_per_s=curve.flop_per_s * source.compute, bytes_per_s=curve.bytes_per_s * source.memory)
-    if isinstance(scaled, QuantizedGemmCurve):
-        scaled = replace(scaled, quantize_s=scaled.quantize_s / source.memory, result_s=scaled.result_s / source.memory)
-    return scaled
-
-
-def _scaled_grouped(curve: GroupedGemmCurve, source: _Source) -> GroupedGemmCurve:
-    return replace(curve, flop_per_s=curve.flop_per_s * source.compute, bytes_per_s=curve.bytes_per_s * source.memory)
-
-
-def _scaled_attention(curve: AttentionCurve, source: _Source) -> AttentionCurve:
-    return replace(curve, flop_per_s=curve.flop_per_s * source.compute, bytes_per_s=curve.bytes_per_s * source.memory)

@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplan.costmodels.activations import layer_activation_bytes, rank_tokens, routed_rows, separate_norm, shard
+from moeplan.costmodels.activations import (
+    gathered_input_bytes,
+    layer_activation_bytes,
+    rank_tokens,
+    routed_rows,
+    separate_norm,
+    shard,
+)  # fmt: skip
 from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layout, Layouts
 from moeplan.costmodels.model import Attention, Layer, LinearAttention, Mamba, Mlp
-from moeplan.costmodels.workload import load_precision
+from moeplan.costmodels.workload import load_era, load_precision
 from tests.conftest import (
     ATTENTION,
     DENSE_LAYER,
@@ -37,18 +44,18 @@ QKV = 2 * T * (128 + 4 * (16 + 16))  # projected queries, keys and values
 CORE = 2 * T * 128 + 4 * T * 8  # attention's output; log-sum-exp in fp32, one a head
 FC1, ACT = 4 * T * 256, 2 * T * 256  # gate and up; their product
 ROWS = 2 * T
-DISPATCHED, RETURNED = 2 * ROWS * H, 2 * ROWS * H
+DISPATCHED = 2 * ROWS * H
 EXPERT_FC1, EXPERT_ACT = 4 * ROWS * 64, 2 * ROWS * 64
-ROUTER, SHARED = 8 * T * 8, (4 + 2) * T * 64
+ROUTER, SHARED = (4 + 4 + 1 + 2 * 4) * T * 8, (4 + 2) * T * 64
 LATENT_DOWN = (2 + 2) * T * (32 + 16) + 2 * T * 8  # before and after the norms of the compressed ones; rotary keys
 LATENT_UP = 2 * T * 8 * (24 + 24 + 16)  # queries, keys, values of 8 heads
 
 WHOLE = {
     DENSE_LAYER: 2 * NORMS + QKV + CORE + FC1 + ACT,
-    MOE_LAYER: 2 * NORMS + QKV + CORE + DISPATCHED + RETURNED + EXPERT_FC1 + EXPERT_ACT + ROUTER + SHARED,
+    MOE_LAYER: 2 * NORMS + QKV + CORE + DISPATCHED + EXPERT_FC1 + EXPERT_ACT + ROUTER + SHARED,
     LATENT_LAYER: 2 * NORMS
     + LATENT_DOWN + LATENT_UP + CORE
-    + DISPATCHED + RETURNED + EXPERT_FC1 + EXPERT_ACT + ROUTER + SHARED,
+    + DISPATCHED + EXPERT_FC1 + EXPERT_ACT + ROUTER + SHARED,
 }  # fmt: skip
 
 # Layer, module, what it no longer keeps.
@@ -60,7 +67,7 @@ REMOVED = [
     (MOE_LAYER, "layernorm", 2 * T * H),
     (MOE_LAYER, "moe_act", EXPERT_ACT),
     (MOE_LAYER, "shared_experts", SHARED),
-    (MOE_LAYER, "moe", DISPATCHED + RETURNED + EXPERT_FC1 + EXPERT_ACT + ROUTER + SHARED),
+    (MOE_LAYER, "moe", DISPATCHED + EXPERT_FC1 + EXPERT_ACT + ROUTER + SHARED),
     (MOE_LAYER, "mlp", 0),
     (MOE_LAYER, "mla_up_proj", 0),
     (MOE_LAYER, "full", WHOLE[MOE_LAYER] - 2 * T * H),
@@ -102,7 +109,7 @@ def test_tensor_parallel_ranks_share_by_hand():
     assert saved(DENSE_LAYER, tp=4) == 2 * NORMS + (WHOLE[DENSE_LAYER] - 2 * NORMS) / 4
     assert saved(MOE_LAYER, tp=4, sequence_parallel=True) == WHOLE[MOE_LAYER] / 4
     # Two ranks that share an expert hold the rows of both, each with half of the expert's width.
-    rows = DISPATCHED + RETURNED
+    rows = DISPATCHED
     assert saved(MOE_LAYER, etp=2) == WHOLE[MOE_LAYER] + rows
     # Expert parallelism moves rows, on average as many as it takes.
     assert saved(MOE_LAYER, ep=8) == WHOLE[MOE_LAYER]
@@ -113,7 +120,7 @@ def test_quantised_inputs_are_narrower_by_hand():
     # One byte for norm outputs and activations; attention's output in bf16 for its backward and in FP8 for the projection.
     norms, core = 2 * (2 + 1) * T * H, (2 + 1) * T * 128 + 4 * T * 8
     assert saved(DENSE_LAYER, fp8) == norms + QKV + core + FC1 + ACT / 2
-    experts = (1 + 2) * ROWS * H + EXPERT_FC1 + EXPERT_ACT / 2 + ROUTER + (4 + 1) * T * 64
+    experts = 1 * ROWS * H + EXPERT_FC1 + EXPERT_ACT / 2 + ROUTER + (4 + 1) * T * 64
     assert saved(MOE_LAYER, fp8) == norms + QKV + core + experts
 
 
@@ -124,8 +131,25 @@ def test_variants_of_blocks_by_hand():
     assert saved(gated) == NORMS + QKV + CORE + 2 * T * 128
     narrow = Layer(blocks=(Attention(heads=8, kv_heads=4, head_dim=16, v_head_dim=8),))
     assert saved(narrow) == NORMS + 2 * T * (128 + 4 * 24) + 2 * T * 64 + 4 * T * 8
-    # Mamba-2 projects to 128 + 2 x 8 x 16 mixed channels, a gate of 128 and 8 steps: kept before and after the convolution.
-    assert saved(Layer(blocks=SCAN_LAYER.blocks[:1])) == NORMS + (2 * 2 * (128 + 256 + 128 + 8) + 2 * H) * T
+    # Norms of queries (8 heads of 16) and keys (4) keep their inputs.
+    normed = Layer(blocks=(dataclasses.replace(ATTENTION, qk_norm="head"),))
+    assert saved(normed) == NORMS + QKV + CORE + 2 * T * (128 + 64)
+    # Mamba-2 projects to 128 + 2 x 8 x 16 mixed channels, a gate of 128 and 8 steps; then the scan's output of 128, gated,
+    # normed.
+    assert saved(Layer(blocks=SCAN_LAYER.blocks[:1])) == NORMS + (2 * (128 + 256 + 128 + 8) + 3 * 2 * 128) * T
+
+
+def test_operations_recomputed_one_by_one_by_hand():
+    # Input; query, value, attention and its log-sum-exp; gate and down projection: every second matrix product.
+    eager = workload_of(era=load_era("pytorch-eager"))
+    outputs = 2 * T * H + 2 * T * (128 + 64 + 128) + 4 * T * 8 + 2 * T * (256 + H)
+    assert saved(DENSE_LAYER, eager, recompute=("core_attn",)) == outputs
+    assert saved(DENSE_LAYER, eager) == WHOLE[DENSE_LAYER]
+    assert saved(DENSE_LAYER, eager, recompute=("full",)) == 2 * T * H
+    # Under tensor parallelism a whole layer holds the gathered inputs of its two parts: 3/4 of them came from other ranks.
+    layouts = Layouts.of([Layout(tp=4, dp=4, edp=16, sequence_parallel=True)])
+    assert gathered_input_bytes(TINY_LATENT, eager, layouts)[0] == 2 * 2 * T * H * 3 / 4
+    assert gathered_input_bytes(TINY_LATENT, workload_of(), layouts)[0] == 0.0
 
 
 def test_rows_after_dispatch():

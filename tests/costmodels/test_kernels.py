@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from moeplan.costmodels.constants import COMPUTE
 from moeplan.costmodels.counts import Shard, Weight, attention_flops_per_token, layer_weights
 from moeplan.costmodels.kernels import PassTimes, dense_gemm_s, dense_times, routed_times
 from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.model import LinearAttention, Mamba
-from moeplan.costmodels.workload import load_precision
+from moeplan.costmodels.workload import load_era, load_precision
+from moeplan.profiles.hardware import load_cluster
+from moeplan.profiles.profile import nominal
 from tests.conftest import (
     ATTENTION,
     LATENT,
@@ -29,7 +30,7 @@ from tests.conftest import (
 QUICK = settings(max_examples=40, deadline=None)
 WORKLOAD = workload_of()
 TOKENS, HIDDEN = 256, 128
-FLOP_S = 1e-15 / COMPUTE.sustained
+FLOP_S = 1e-15
 """Seconds of a FLOP of a GEMM under the plain profile in a step; attention takes twice as long, a byte 1e-12."""
 MIXERS = [
     ATTENTION,
@@ -118,9 +119,9 @@ def test_experts_by_hand():
     # Matrices of 128 x 128 (gate and up) and 64 x 128 for every row.
     product = 2 * rows * (128 * 128 + 64 * 128) * FLOP_S
     assert times["expert GEMM"] == pytest.approx((product, 2 * product))
-    # Eight passes over the rows in bf16; the fused dispatchers leave four.
-    assert times["permute"] == pytest.approx((8 * 2 * rows * HIDDEN * 1e-12, 12 * 2 * rows * HIDDEN * 1e-12))
-    assert routed(MOE, one(ep=4, dispatcher="deepep"))["permute"][0] == pytest.approx(4 * 2 * rows * HIDDEN * 1e-12)
+    # 9.4 passes over the rows in bf16; the fused dispatchers leave half of them.
+    assert times["permute"] == pytest.approx((9.4 * 2 * rows * HIDDEN * 1e-12, 14.1 * 2 * rows * HIDDEN * 1e-12))
+    assert routed(MOE, one(ep=4, dispatcher="deepep"))["permute"][0] == pytest.approx(4.7 * 2 * rows * HIDDEN * 1e-12)
     assert times["expert activation"] == pytest.approx((6 * rows * 64 * 1e-12, 9 * rows * 64 * 1e-12))
     # The router: a product with 8 outputs, and 48 bytes a score.
     router, scores = 2 * TOKENS * 128 * 8 * FLOP_S, 48 * 8 * TOKENS * 1e-12
@@ -129,10 +130,10 @@ def test_experts_by_hand():
 
 
 def test_state_scan_by_hand():
-    # Mamba-2 projects to 520 channels (see activations), passed over six times in bf16; 6 FLOP for each of 128 x 16 states,
+    # Mamba-2 projects to 520 channels (see activations), passed over 13 times in bf16; 6 FLOP for each of 128 x 16 states,
     # which take as long as attention's.
     times = dense(MIXERS[3], one())
-    moved, flop = 6 * 2 * 520 * TOKENS * 1e-12, 6 * 128 * 16 * TOKENS / 0.5e15
+    moved, flop = 13 * 2 * 520 * TOKENS * 1e-12, 6 * 128 * 16 * TOKENS / 0.5e15
     assert times["state scan"] == pytest.approx((moved + flop, 2 * (moved + flop)))
     # In: 520 x 128, out: 128 x 128.
     product = 2 * TOKENS * (520 * 128 + 128 * 128) * FLOP_S
@@ -256,3 +257,60 @@ def test_parts_merge(row):
     assert numbers(merged)["norms and activations"][0] == pytest.approx(
         attention["norms and activations"][0] + 2 * one_mlp["norms and activations"][0]
     )
+
+
+# ---------------------------------------------------------------- other software
+
+
+def software(**changes):
+    return workload_of(era=dataclasses.replace(load_era("latest"), **changes))
+
+
+def test_attention_that_keeps_its_scores_by_hand():
+    times = dense_times(ATTENTION, TINY_DENSE, PLAIN, software(attention="unfused"), one())
+    # Scores of all 256 keys (no causal half), as GEMMs; 13 bytes a score.
+    products = 2 * TOKENS * 2 * 8 * 16 * 256 * FLOP_S
+    scores = 13 * TOKENS * 256 * 8 * 1e-12
+    assert float(np.ravel(times.forward["attention core"])[0]) == pytest.approx(products + scores)
+    assert float(np.ravel(times.backward["attention core"])[0]) == pytest.approx(2 * (products + scores))
+
+
+def test_flash_attention_2_is_slower_on_hopper_only():
+    old, new = software(attention="fa2"), software()
+    for cluster, slower in (("h100x8", True), ("b200x8", True), ("a100x8", False)):
+        profile = nominal(load_cluster(cluster))
+        core = [
+            float(np.ravel(dense_times(ATTENTION, TINY_DENSE, profile, w, one()).forward["attention core"])[0])
+            for w in (old, new)
+        ]
+        assert (core[0] > core[1]) is slower
+
+
+def test_eager_modules_move_more():
+    plain, eager = (dense_times(MLP, TINY_DENSE, PLAIN, w, one()).forward for w in (software(), software(traffic=2.0)))
+    assert float(np.ravel(eager["norms and activations"])[0]) == pytest.approx(
+        2 * float(np.ravel(plain["norms and activations"])[0])
+    )
+    assert eager["MLP GEMM"] == pytest.approx(plain["MLP GEMM"])
+
+
+def test_packed_documents_shorten_attention_alone():
+    whole, packed = (dense_times(ATTENTION, TINY_DENSE, PLAIN, workload_of(document_len=n), one()).forward for n in (0, 64))
+    assert float(np.ravel(packed["attention core"])[0]) == pytest.approx(float(np.ravel(whole["attention core"])[0]) / 4)
+    assert packed["attention GEMM"] == pytest.approx(whole["attention GEMM"])
+
+
+def test_sustained_shares_slow_their_own_kernels():
+    slow = dataclasses.replace(PLAIN, sustained={"bf16": 0.5, "attention": 0.25})
+    plain, slower = (dense_times(ATTENTION, TINY_DENSE, p, workload_of(), one()).forward for p in (PLAIN, slow))
+    ratio = {name: float(np.ravel(slower[name])[0] / np.ravel(plain[name])[0]) for name in plain}
+    assert ratio == pytest.approx({"attention GEMM": 2.0, "attention core": 4.0, "norms and activations": 1.0})
+
+
+def test_experts_with_biases_by_hand():
+    plain, biased = (routed_times(m, TINY_MOE, PLAIN, workload_of(), one(ep=4, dispatcher="alltoall")) for m in (
+        MOE, dataclasses.replace(MOE, bias=True)))  # fmt: skip
+    elements = TOKENS * 2 * HIDDEN
+    for way, each in ((0, 28), (1, 36)):
+        times = [(t.forward, t.backward)[way]["expert activation"] for t in (plain, biased)]
+        assert float(np.ravel(times[1] - times[0])[0]) == pytest.approx(each * elements * 1e-12)

@@ -8,14 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplan.costmodels.activations import layer_activation_bytes
-from moeplan.costmodels.constants import MEMORY
+from moeplan.costmodels.activations import dense_activation_bytes, layer_activation_bytes, routed_activation_bytes
 from moeplan.costmodels.counts import layer_weights
 from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.megatron_counts import embedding_held, final_norm_held, head_held, layer_held, prediction_held
 from moeplan.costmodels.memory import (
     gradient_buffers,
-    in_flight,
     least_state_bytes,
     mean_parameters,
     micro_batches,
@@ -26,10 +24,12 @@ from moeplan.costmodels.memory import (
 )
 from moeplan.costmodels.model import Mlp, Moe
 from moeplan.costmodels.model_catalog import load_model
+from moeplan.costmodels.peak import head_bytes, in_flight, sent_bytes
 from moeplan.costmodels.price import peak_memory
 from moeplan.costmodels.stages import all_ranks, chunk_letters
-from moeplan.costmodels.workload import load_precision
-from moeplan.profiles.hardware import load_device
+from moeplan.costmodels.workload import load_era, load_precision
+from moeplan.profiles.hardware import load_cluster, load_device
+from moeplan.profiles.profile import nominal
 from tests.conftest import DENSE_LAYER, TINY_DENSE, TINY_LATENT, TINY_MOE, TWO_NODES, layouts_of, workload_of
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -87,6 +87,11 @@ STATES = [
     ({}, {}, 2 + 4 + 12 / 8, 2 + 4 + 12 / 2),
     ({"sharding": "ddp"}, {}, 2 + 4 + 12, 2 + 4 + 12),
     ({"sharding": "fsdp"}, {}, (2 + 4 + 12) / 8 + 2 * 2 / 8, (2 + 4 + 12) / 2 + 2 * 2 / 8),
+    # Two stages: all of a stage stays gathered, and its gradients whole, until the last micro-batch.
+    ({"sharding": "fsdp", "pp": 2}, {}, (2 + 4 + 12) / 8 + 2 + 4, (2 + 4 + 12) / 2 + 2 + 4),
+    # PyTorch shards fp32 weights, which are the master copies; sharding the optimizer alone (ZeRO-2) shards gradients too.
+    ({"sharding": "fsdp"}, {"era": load_era("pytorch-eager")}, (4 + 4 + 8) / 8 + 2 * 2 / 8, (4 + 4 + 8) / 2 + 2 * 2 / 8),
+    ({}, {"era": load_era("pytorch-eager")}, 2 + (4 + 12) / 8, 2 + (4 + 12) / 2),
     ({"optimizer_offload": 0.75}, {}, 6 + 3 / 8, 6 + 3 / 2),
     ({}, {"gradient_bytes": 2}, 4 + 12 / 8, 4 + 12 / 2),
     ({}, {"moment_bytes": 2}, 6 + 8 / 8, 6 + 8 / 2),
@@ -102,6 +107,47 @@ def test_bytes_of_a_parameter_by_hand(fields, work, dense, expert):
     assert sum(states.expert.values()) == pytest.approx(expert)
 
 
+def test_embedding_and_head_are_not_quantised():
+    layouts = Layouts.of([Layout(cp=2, dp=4, ep=4, edp=2), Layout(cp=2, dp=4, ep=4, edp=2, sharding="fsdp")])
+    fp8 = workload_of(precision=load_precision("fp8-delayed"))
+    assert state_bytes(TINY_MOE, load_device("B200"), fp8, layouts).plain["weights"].tolist() == [1.0, 0.0]  # 2 B, not 1 B
+    assert not state_bytes(TINY_MOE, H100, fp8, layouts.take([0])).plain  # two orientations of 1 B are as large
+    # Under FSDP they stay gathered in bf16; the layers' part counts two of eight layers.
+    assert state_bytes(TINY_MOE, H100, WORKLOAD, layouts).plain["gathered weights"].tolist() == [0.0, 2 - 2 * 2 / 8]
+    columns = Layouts.of([Layout(pp=2, dp=8, edp=8)])
+    found = rank_parameters(TINY_DENSE, all_ranks(TINY_DENSE, 2, 1, ""), unit_parameters(TINY_DENSE, columns))
+    assert found.plain[:, 0].tolist() == [1024 * 128, 1024 * 128]
+
+
+def test_optimizer_step_by_hand():
+    # bf16 gradients are copied to fp32: 4 bytes of each of the 1/8 (dense) and 1/2 (experts) that a rank updates.
+    layouts = Layouts.of([Layout(cp=2, dp=4, ep=4, edp=2), Layout(cp=2, dp=4, ep=4, edp=2, optimizer_offload=0.5)])
+    step = state_bytes(TINY_MOE, H100, workload_of(gradient_bytes=2), layouts).step
+    assert [part.tolist() for part in step] == [[4 / 8, 2 / 8], [4 / 2, 2 / 2]]
+    assert state_bytes(TINY_MOE, H100, WORKLOAD, layouts).step == ()
+    # Llama-3-70B on 32 H100 in FP8, TP 4, PP 4, VPP 5, feed-forward parts recomputed (Megatron-Bridge): 55.6e9 bytes, the same
+    # with attention recomputed too, because the optimizer step is what needs most.
+    layout = Layout(tp=4, pp=4, vpp=5, dp=2, edp=8, sequence_parallel=True, recompute=("mlp",))
+    workload = workload_of(seq_len=4096, global_batch=32, gradient_bytes=2, precision=load_precision("fp8-cs"))
+    peak = peak_memory(load_model("llama3-70b"), nominal(load_cluster("h100x32")), workload, Layouts.of([layout]))
+    assert peak["optimizer step"].max() > 0
+    assert peak.total.max() == pytest.approx(55.6e9, rel=0.01)
+
+
+def test_head_by_hand():
+    # 256 tokens, 1024 rows, hidden size 128: logits that their gradient overwrites; the head's gradient; the final norm's
+    # input, output and its gradient.
+    layouts = Layouts.of([Layout(), Layout(tp=4, edp=4, sequence_parallel=True), Layout(tp=4, edp=4)])
+    alone = 2 * 256 * 1024 + 2 * 1024 * 128 + 6 * 256 * 128
+    cut = 2 * 256 * 256 + 2 * 256 * 128
+    both = cut + 6 * 64 * 128 + 4 * 256 * 128, cut + 6 * 256 * 128  # gathered with sequence parallelism, whole without
+    assert head_bytes(TINY_DENSE, WORKLOAD, layouts).tolist() == [alone, *both]
+    eager = workload_of(era=load_era("pytorch-eager"))
+    assert head_bytes(TINY_DENSE, eager, layouts)[0] == alone + 12 * 256 * 1024
+    assert sent_bytes(TINY_DENSE, eager, layouts).tolist() == [4 * 256 * 128, 256 * 128, 4 * 256 * 128]
+    assert sent_bytes(TINY_DENSE, WORKLOAD, layouts).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_gradient_buffers_by_hand():
     # One bf16 buffer for each shape: qkv 256 x 128, out 128 x 128, fc1 512 x 128, fc2 128 x 256.
     shapes = 256 * 128 + 128 * 128 + 512 * 128 + 128 * 256
@@ -114,7 +160,7 @@ def test_gradient_buffers_by_hand():
 
 def test_what_must_stay_free():
     assert reserve_bytes(0.0) == pytest.approx(2.0 * 2**30)
-    assert reserve_bytes(np.array([1e9, 2e9])).tolist() == pytest.approx([2 * 2**30 + 0.04e9, 2 * 2**30 + 0.08e9])
+    assert reserve_bytes(np.array([1e9, 2e9])).tolist() == pytest.approx([2 * 2**30 + 0.09e9, 2 * 2**30 + 0.18e9])
 
 
 # ---------------------------------------------------------------- micro-batches in flight
@@ -151,6 +197,30 @@ def test_in_flight_against_the_schedule(pp, vpp):
             assert in_flight(pp, vpp, rank, batches) * vpp == chunks_in_flight(pp, vpp, rank, batches)
 
 
+def warmed_up(pp, vpp, rank, batches):
+    """Micro-batches of each chunk that a rank holds when its first backward starts: rounds of pp through chunk after chunk."""
+    forward = min(batches * vpp, pp - rank if vpp == 1 else (pp - rank - 1) * 2 + (vpp - 1) * pp + 1)
+    held_now = [0] * vpp
+    for step in range(forward):
+        held_now[step % (pp * vpp) // pp if vpp > 1 else 0] += 1
+    return held_now
+
+
+def test_uneven_chunks_by_hand():
+    # Four ranks of two chunks, one layer in the very first and last chunk, two in the others: rank 0 holds 4 + 3 micro-batches
+    # of its first chunk and 4 of its second; rank 3 holds 4 and 1.
+    model = dataclasses.replace(TINY_DENSE, layers=(DENSE_LAYER,) * 14)
+    layout = Layout(pp=4, vpp=2, dp=4, edp=4, stages="Et|(tt|)*6tL")
+    workload = workload_of(global_batch=64)
+    layer = float(layer_activation_bytes(DENSE_LAYER, model, workload, Layouts.of([layout]))[0])
+    peak = peak_memory(model, TWO_NODES, workload, Layouts.of([layout]), every_rank=True)
+    assert (peak["activations"][:, 0] / layer).tolist() == [7 + 2 * 4, 2 * 5 + 2 * 4, 2 * 4 + 2 * 3, 2 * 4 + 1]
+    assert peak_memory(model, TWO_NODES, workload, Layouts.of([layout])).total.max() == peak.total.max()
+    # With one round of micro-batches no rank has any of a second.
+    once = peak_memory(model, TWO_NODES, workload_of(global_batch=16), Layouts.of([layout]), every_rank=True)
+    assert (once["activations"][:, 0] / layer).tolist() == [4 + 2 * 4, 4 * 4, 2 * 4 + 2 * 3, 2 * 4 + 1]
+
+
 def test_in_flight_of_arrays():
     rows = np.array([row[:4] for row in IN_FLIGHT])
     assert in_flight(*rows.T).tolist() == [row[4] for row in IN_FLIGHT]
@@ -173,21 +243,25 @@ def peak_of_rank(model, layout, rank):
     # The final norm stands with the head, or beside the last decoder layer if prediction layers follow it.
     normed = max(c for c, chunk in enumerate(chunks) if "t" in chunk) if model.mtp else len(chunks) - 1
     kinds = iter(model.layers)
-    dense = expert = saved = 0.0
+    dense = expert = plain = saved = 0.0
     head = False
+    held = warmed_up(layout.pp, layout.vpp, rank, int(WORKLOAD.global_batch / (layout.micro_batch * layout.dp)))
     for place, chunk in enumerate(chunks):
         layers = [next(kinds) for letter in chunk if letter == "t"]
         if place % layout.pp != rank:
             continue
         parts = [layer_held(layer, model, *degrees) for layer in layers]
-        saved += sum(activation(layer, model, layout) for layer in layers)
+        here = held[place // layout.pp]
+        saved += here * sum(activation(layer, model, layout) for layer in layers)
         if "E" in chunk or "m" in chunk:
             parts.append(embedding_held(model, layout.tp))
+            plain += parts[-1].dense
         if "m" in chunk:
             parts.append(prediction_held(model, *degrees))
-            saved += activation(model.mtp[0], model, layout) + 4 * tokens * model.hidden / ways
+            saved += here * (activation(model.mtp[0], model, layout) + 4 * tokens * model.hidden / ways)
         if "L" in chunk:
             parts.append(head_held(model, layout.tp, shares_embedding="E" in chunk))
+            plain += parts[-1].dense
             head = True
         if place == normed:
             parts.append(final_norm_held(model))
@@ -199,9 +273,12 @@ def peak_of_rank(model, layout, rank):
         kept = ranks if layout.sharding == "fsdp" else 1
         spread = 1 if layout.sharding == "ddp" else ranks
         total += count * ((2 + 4) / kept + 12 * (1 - layout.optimizer_offload) / spread)
-        if layout.sharding == "fsdp":
-            total += 2 * 2 * count / max(len(model.layers) / layout.pp, 1)
+        if layout.sharding == "fsdp":  # a whole stage with its gradients; else two layers
+            total += (2 + 4) * count if layout.pp > 1 else 2 * 2 * count / max(len(model.layers), 2)
+    if layout.sharding == "fsdp" and layout.pp == 1:  # embedding and head
+        total += (2 - 2 * 2 / max(len(model.layers), 2)) * plain
     # 2. one gradient buffer for every shape of a weight that is multiplied
+    total += 64 * 2**20  # workspaces of the GEMM library
     if layout.sharding != "fsdp":
         shapes = set()
         for kind in (*model.layers, *model.mtp):
@@ -209,21 +286,18 @@ def peak_of_rank(model, layout, rank):
                 if w.gemm and w.name != "router":
                     shapes.add((w.out, w.inp, w.shard, layout.etp if w.shard.is_expert else layout.tp if w.shard.is_cut else 1))
         total += sum(2.0 * out * inp / cut for out, inp, _, cut in shapes)
-    # 3. activations of the micro-batches in flight
-    batches = WORKLOAD.global_batch / (layout.micro_batch * layout.dp)
-    total += saved * float(in_flight(layout.pp, layout.vpp, rank, batches))
-    # 4. what is held for a moment: logits and their gradients, or the backward of one layer
+    # 3. activations of the micro-batches in flight, and what is held for a moment: logits, or the backward of one layer
+    moment = momentary(model, layout, tokens, ways)
     if head:
         vocab = 128 * layout.tp * -(-model.vocab // (128 * layout.tp)) / layout.tp
-        return (
-            total + MEMORY.logits * tokens * vocab + (MEMORY.head_gradient * vocab + MEMORY.head_input * tokens) * model.hidden
-        )
-    return total + momentary(model, layout, tokens, ways)
+        norm = 6 * tokens * model.hidden / ways + (4 * tokens * model.hidden if ways > 1 else 0)
+        moment = max(moment, 2 * tokens * vocab + 2 * vocab * model.hidden + norm)
+    return total + saved + moment
 
 
 def momentary(model, layout, tokens, ways):
-    """Bytes that the backward of the widest layer needs; a recomputed layer is whole again meanwhile."""
-    need, whole = [0.0], {"dense": [0.0], "routed": [0.0]}
+    """Bytes that the backward of the widest layer needs; what one layer recomputes is there again meanwhile."""
+    need, again = [0.0], {"dense": [0.0], "routed": [0.0]}
     for layer in model.kinds:
         for block in layer.blocks:
             if isinstance(block, Moe):
@@ -233,12 +307,13 @@ def momentary(model, layout, tokens, ways):
                 need.append(4 * tokens * (model.hidden + block.width / layout.tp))
             else:
                 need.append(8 * tokens * model.hidden / layout.tp)
-        everything, without = (activation(layer, model, layout, recompute=r) for r in ((), ("moe",)))
-        blocks = [b for b in layer.blocks if isinstance(b, Moe)]
-        shared = sum(6 * b.shared_width * tokens / layout.tp for b in blocks)
-        whole["dense"].append(without + shared)
-        whole["routed"].append(everything - without - shared)
-    return max(need) + ("full" in layout.recompute) * (max(whole["dense"]) + max(whole["routed"]))
+        for part, of in (("dense", dense_activation_bytes), ("routed", routed_activation_bytes)):
+            kept, whole = (
+                float(of(layer, model, WORKLOAD, Layouts.of([dataclasses.replace(layout, recompute=r)]))[0])
+                for r in (layout.recompute, ())
+            )
+            again[part].append(whole - kept)
+    return max(need) + max(again["dense"]) + max(again["routed"])
 
 
 @given(data=st.data())

@@ -59,8 +59,8 @@ def test_measured_peaks(name, layers, seq_len, layout, fullest, emptiest):
     profile = nominal(load_cluster("b200x8"))
     peak = peak_memory(load_model(name).cut(layers), profile, workload, Layouts.of([layout]), every_rank=True).total[:, 0]
     assert len(peak) == layout.pp
-    assert peak.max() / 2**30 == pytest.approx(fullest, rel=0.035)
-    assert peak.min() / 2**30 == pytest.approx(emptiest, rel=0.035)
+    assert peak.max() / 2**30 == pytest.approx(fullest, rel=0.026)
+    assert peak.min() / 2**30 == pytest.approx(emptiest, rel=0.026)
 
 
 # ---------------------------------------------------------------- many at once
@@ -165,7 +165,6 @@ FP8 = load_precision("fp8-blockwise")
 # Change of a layout, of which time (0), memory (1) or both must not fall.
 NO_CHEAPER = [
     ({"dp_overlap": True}, {"dp_overlap": False}, [0]),
-    ({"ep_overlap": True}, {"ep_overlap": False}, [0]),
     ({"tp_overlap": True}, {"tp_overlap": False}, [0]),
     ({"recompute": ()}, {"recompute": ("layernorm",)}, [0]),
     ({"recompute": ("layernorm", "moe_act")}, {"recompute": ("layernorm", "moe")}, [0]),
@@ -214,7 +213,7 @@ def test_newer_machines_are_faster(name, layout):
     assert times[0] > 1.5 * times[1] > 1.5 * 1.2 * times[2]
 
 
-@pytest.mark.parametrize("name, pp", [("llama3-8b", 4), ("llama3-8b", 8), ("qwen3-30b-a3b", 4)])
+@pytest.mark.parametrize("name, pp", [("llama3-8b", 4), ("llama3-8b", 8), ("llama3-70b", 8)])
 def test_the_balanced_split_is_faster_than_the_even_one(name, pp):
     # Under the even split the last stage has the output head on top of its layers.
     model = load_model(name)

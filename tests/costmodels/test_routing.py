@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplan.costmodels.routing import all_to_all_copies, deduplicated_copies, expected_holders, expert_rows
+from moeplan.costmodels.routing import (
+    all_to_all_copies,
+    deduplicated_copies,
+    expected_group_limited_holders,
+    expected_holders,
+    expert_rows,
+)
 
 QUICK = settings(max_examples=60, deadline=None)
 POWERS = st.sampled_from([1, 2, 4, 8, 16, 32, 64])
@@ -149,3 +155,48 @@ def test_arrays_equal_numbers(columns, topk):
             assert together.scale_out[i] == pytest.approx(one.scale_out, rel=1e-12, abs=1e-300)
             assert together.scale_up[i] == pytest.approx(float(one.scale_up), rel=1e-12, abs=1e-300)
     assert expert_rows(np.array([1.0, 2.0]), 4, np.array([1, 2]), 1.5).tolist() == [6.0, 24.0]
+
+
+# ---------------------------------------------------------------- routing limited to groups of experts
+
+
+def test_group_limited_holders_by_hand():
+    # One of two groups is drawn: a holder a group, one is reached; two holders a group and two choices, 1.5 of them.
+    assert expected_group_limited_holders(2, 5, 2, 1) == pytest.approx(1.0)
+    assert expected_group_limited_holders(4, 2, 2, 1) == pytest.approx(1.5)
+    # Two of four groups on two holders: on the same one in 2 of 6 draws; else two choices miss one of them half of the time.
+    assert expected_group_limited_holders(2, 2, 4, 2) == pytest.approx(2 / 6 * 1 + 4 / 6 * 1.5)
+
+
+@given(holders=st.sampled_from([1, 2, 4, 8, 16, 32, 64]), topk=st.integers(1, 8))
+@QUICK
+def test_drawing_all_groups_is_no_limit(holders, topk):
+    # Choices fall on independent groups either way.
+    assert expected_group_limited_holders(holders, topk, 8, 8) == pytest.approx(expected_holders(holders, topk))
+
+
+@given(holders=st.sampled_from([1, 2, 4, 8, 16, 32, 64]), topk=st.integers(1, 10), drawn=st.integers(1, 7))
+@QUICK
+def test_fewer_groups_reach_fewer_holders(holders, topk, drawn):
+    some, more = (expected_group_limited_holders(holders, topk, 8, n) for n in (drawn, drawn + 1))
+    assert 1 - 1e-12 <= some <= more + 1e-12 <= expected_holders(holders, topk) + 2e-12
+
+
+@pytest.mark.parametrize("holders, drawn", [(4, 4), (8, 4), (32, 4), (2, 3), (16, 2)])
+def test_group_limited_holders_against_simulated_routing(holders, drawn):
+    random, experts, groups, topk = np.random.default_rng(1), 64, 8, 6
+    found = []
+    for _ in range(4000):
+        chosen = random.choice(groups, drawn, replace=False)
+        picks = chosen[random.integers(0, drawn, topk)] * (experts // groups) + random.integers(0, experts // groups, topk)
+        found.append(len({int(p) * holders // experts for p in picks}))
+    assert expected_group_limited_holders(holders, topk, groups, drawn) == pytest.approx(np.mean(found), rel=0.03)
+
+
+def test_group_limits_reach_the_copies_and_arrays_equal_numbers():
+    ranks, local = np.array([8, 16, 32, 64]), np.array([8, 8, 8, 8])
+    free, limited = deduplicated_copies(8, ranks, local), deduplicated_copies(8, ranks, local, 8, 4)
+    assert np.all(limited.scale_out <= free.scale_out) and limited.scale_out[-1] < 0.8 * free.scale_out[-1]
+    for i in range(4):
+        one = deduplicated_copies(8, int(ranks[i]), 8, 8, 4)
+        assert (one.scale_out, one.scale_up) == pytest.approx((limited.scale_out[i], limited.scale_up[i]))

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan.costmodels.collectives import Group
-from moeplan.costmodels.constants import COMPUTE
 from moeplan.costmodels.counts import flops_per_token
 from moeplan.costmodels.layer import layer_time
 from moeplan.costmodels.layout import Layout, Layouts
@@ -58,7 +57,7 @@ def test_one_device_by_hand():
     found = cost(TINY_DENSE, layout)
     layer = total(layer_time(DENSE_LAYER, TINY_DENSE, PLAIN, WORKLOAD, Layouts.of([layout])))
     # Three products with the padded vocabulary; ten bytes a logit for the loss.
-    product, loss = 3 * 2 * TOKENS * HIDDEN * VOCAB / 1e15 / COMPUTE.sustained, 10 * TOKENS * VOCAB * 1e-12
+    product, loss = 3 * 2 * TOKENS * HIDDEN * VOCAB / 1e15, 10 * TOKENS * VOCAB * 1e-12
     assert found.time["head/output GEMM"][0] == pytest.approx(64 * product)
     assert found.time["head/loss"][0] == pytest.approx(64 * loss)
     assert found.stage_s.tolist() == [[pytest.approx(8 * layer + product + loss)]]
@@ -77,7 +76,7 @@ def test_prediction_layers_by_hand():
     layer = layer_time(TINY_LATENT.mtp[0], TINY_LATENT, PLAIN, WORKLOAD, Layouts.of([layout]))
     assert found.time["prediction/layer"][0] == pytest.approx(64 * total(layer))
     # The projection of 2 x 128 to 128, forward and backward; three norms of 4 bytes an element, half as much again backward.
-    projection = 3 * 2 * TOKENS * 128 * 256 / 1e15 / COMPUTE.sustained + 2.5 * 12 * TOKENS * HIDDEN * 1e-12
+    projection = 3 * 2 * TOKENS * 128 * 256 / 1e15 + 2.5 * 12 * TOKENS * HIDDEN * 1e-12
     assert found.time["prediction/projection"][0] == pytest.approx(64 * projection)
     assert found.time["prediction/head"][0] == pytest.approx(found.time["head/"][0])
 
@@ -148,7 +147,7 @@ def test_the_fullest_rank_sets_the_exchange():
     assert found.time["optimizer"][0] == pytest.approx(sum(float(t.optimizer[0]) for t in seconds))
 
 
-# Scatter, gather, one micro-batch, micro-batches, overlap, FSDP: what shows.
+# Scatter, gather, one micro-batch, micro-batches, overlap, in every micro-batch: what shows.
 EXPOSED = [
     ((0.0, 0.0, 1.0, 8, True, False), 0.0),
     # 0.4 of two thirds and of one third of a micro-batch hide; 8 % shows anyhow.
@@ -164,12 +163,12 @@ EXPOSED = [
 @pytest.mark.parametrize("row, shows", EXPOSED)
 def test_exposed_data_parallel_by_hand(row, shows):
     *numbers, overlap, fsdp = row
-    assert data_parallel_exposed_s(*numbers, overlap=overlap, fsdp=fsdp) == pytest.approx(shows)
+    assert data_parallel_exposed_s(*numbers, overlap=overlap, every_batch=fsdp, hidden_compute=0.7) == pytest.approx(shows)
 
 
 def test_exposed_data_parallel_of_arrays():
     columns = [np.array(c) for c in zip(*(row for row, _ in EXPOSED), strict=True)]
-    together = data_parallel_exposed_s(*columns[:4], overlap=columns[4], fsdp=columns[5])
+    together = data_parallel_exposed_s(*columns[:4], overlap=columns[4], every_batch=columns[5], hidden_compute=0.7)
     assert together.tolist() == pytest.approx([shows for _, shows in EXPOSED])
 
 

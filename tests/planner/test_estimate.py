@@ -60,9 +60,10 @@ def test_a_row_is_priced_as_its_layout_alone() -> None:
     for row in (BRIDGE, SIMUMAX, SWIFT):
         run = read_run(row)
         profile, one = nominal(run.cluster), Layouts.of([run.layout])
-        step = float(step_cost(run.model, profile, run.workload, one).time.total[0])
+        time = step_cost(run.model, profile, run.workload, one).time.at(0)
+        step = float(time.total)
         peak = float(peak_memory(run.model, profile, run.workload, one).total.max())
-        low, high = interval(run.model, profile, step)
+        low, high = interval(run.model, profile, run.workload, time)
         (priced,) = price_runs([row])
         assert priced.cost is not None and float(priced.cost.total) == pytest.approx(step, rel=1e-12)
         assert (priced.peak_bytes, priced.low_s, priced.high_s) == pytest.approx((peak, low, high), rel=1e-12)

@@ -55,7 +55,7 @@ def test_megatron_bridge() -> None:
 def test_token_drop_and_fsdp() -> None:
     run = read(FOLDING)
     assert (run.layout.sharding, run.layout.tp, run.layout.etp, run.layout.edp) == ("fsdp", 8, 8, 16)
-    assert (run.workload.capacity_factor, run.workload.gradient_bytes, run.workload.era.name) == (1.0, 4, "deepep-2025")
+    assert (run.workload.capacity_factor, run.workload.gradient_bytes, run.workload.era.name) == (1.0, 2, "deepep-2025")
     assert [r.split(":")[0] for r in run.remarks] == [
         "vpp", "mbs", "recompute", "dispatcher", "CUDA graphs", "offload",
     ]  # fmt: skip
@@ -226,7 +226,8 @@ def test_domains_of_another_size(gpu: str, domain: str, node: int, nics: int) ->
         ("release 25.04", "deepep-2025"),
         ("NeMo 25.11", "hybridep-2025"),
         ("NeMo 26.08", "graphs-2026"),
-        ("arXiv:2104.04473", "te-2024"),
+        ("arXiv:2104.04473", "megatron-2021"),
+        ("NeMo 25.09", "fsdp-2025"),
         ("somewhere", "graphs-2026"),
     ],
 )
