@@ -22,6 +22,7 @@ COMMANDS = {
     "estimate": "Price a given layout, or a table of training runs.",
     "explain": "Show what a plan's time and memory go to, and what its neighbours cost.",
     "export": "Write launch files for a plan.",
+    "calibrate": "Correct the profile of a machine by runs that were measured on it.",
     "catalog": "List models, devices and clusters with the sources of their numbers.",
 }
 """Commands with the line that the overview shows; a test holds these to the commands' own help."""

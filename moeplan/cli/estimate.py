@@ -62,6 +62,7 @@ def estimate(plan_file: Path | None, runs: Path | None, output: Path | None, as_
       moeplan estimate --model mixtral-8x7b --cluster h100x64 --global-batch 256 --seq-len 4096 \\
                        --tp 2 --pp 2 --ep 8 --micro-batch 1
       moeplan estimate --runs runs.csv -o predicted.csv
+      moeplan estimate --runs runs.csv --profile ours.yaml -o predicted.csv
 
     The layout comes from a plan file or from options; data parallelism takes the GPUs that the other degrees leave. A table has
     the columns listed in docs/runs.md; each row becomes ok, partial (with the defaults that were used) or unsupported (with the
@@ -69,19 +70,21 @@ def estimate(plan_file: Path | None, runs: Path | None, output: Path | None, as_
     """
     ctx = click.get_current_context()
     given = [n for n in options if ctx.get_parameter_source(n) == click.core.ParameterSource.COMMANDLINE]
+    if runs is not None and plan_file is None:
+        given = [n for n in given if n != "profile_file"]
     if runs is not None or plan_file is not None:
         if runs is not None and plan_file is not None:
             raise UsageError("give a plan file or --runs, not both")
         if given:
             what = "--runs" if runs is not None else "a plan file"
-            names = ", ".join("--" + n.removesuffix("_ref").replace("_", "-") for n in given)
+            names = ", ".join("--" + n.removesuffix("_ref").removesuffix("_file").replace("_", "-") for n in given)
             raise UsageError(f"{what} states the whole question; {names} would be ignored")
     if output is not None:
         check_writable(output, "plan file" if runs is None else "table of predictions")
     if runs is not None:
         if output is not None and output.exists() and runs.exists() and output.samefile(runs):
             raise UsageError(f"-o {output} is the run table itself, which would be lost", hint="choose another file")
-        return _table(runs, output, as_json)
+        return _table(runs, options["profile_file"], output, as_json)
     if plan_file is not None:
         from moeplan.planner.plan import load_plan
 
@@ -90,6 +93,8 @@ def estimate(plan_file: Path | None, runs: Path | None, output: Path | None, as_
             remark(text)
     else:
         plan = _from_options(options, dispatcher_given="dispatcher" in given)
+        for text in plan.remarks[len(plan.problem.model.remarks) :]:
+            remark(text)
     if output is not None:
         plan.save(output)
     if as_json:
@@ -149,13 +154,15 @@ def _names(text: str) -> tuple[str, ...]:
     return () if text in ("none", "") else tuple(text.split("+"))
 
 
-def _table(runs: Path, output: Path | None, as_json: bool) -> int:
-    from moeplan.planner.estimate import price_runs, read_table, table_text
+def _table(runs: Path, profile_file: Path | None, output: Path | None, as_json: bool) -> int:
+    from moeplan.planner.estimate import price_runs, profile_for_runs, read_table, table_text
+    from moeplan.profiles.profile_file import load_profile
     from moeplan.records import save_text
 
+    profile_for = None if profile_file is None else profile_for_runs(load_profile(profile_file))
     rows = read_table(runs)
     with progress_bar("pricing runs") as progress:
-        priced = price_runs(rows, progress)
+        priced = price_runs(rows, progress, profile_for)
     if output is not None:
         save_text(output, table_text(priced), "table of predictions")
         counts = {s: sum(p.status == s for p in priced) for s in ("ok", "partial", "unsupported")}

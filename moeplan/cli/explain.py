@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moeplan.cli.options import json_option, print_json, remark
+
+if TYPE_CHECKING:
+    from moeplan.planner.explain import Binding, Neighbour
+    from moeplan.planner.plan import Plan
 
 
 @click.command()
@@ -23,7 +28,7 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
 
     For each degree the next value up and down is shown at its best, or with the rule or the memory that forbids it.
     """
-    from moeplan.planner.explain import bindings, difference, neighbours
+    from moeplan.planner.explain import bindings, neighbours
     from moeplan.planner.plan import load_plan
 
     plan = load_plan(plan_file)
@@ -31,24 +36,10 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
     for text in plan.remarks:
         remark(text)
     if other is not None:
-        rows = difference(plan, other)
-        if as_json:
-            parts = [{"part": name, "this_s": a, "other_s": b} for name, a, b in rows]
-            print_json({"this_step_s": plan.step_s, "other_step_s": other.step_s, "parts": parts})
-            return 0
-        from moeplan.cli.render import console, difference_table
-
-        console().print(difference_table(plan, other, rows))
-        return 0
+        return _side_by_side(plan, other, as_json)
     limits, around = bindings(plan), neighbours(plan)
     if as_json:
-        data = plan.to_data()
-        data["binds"] = [{"what": b.what, "share": b.share, "detail": b.detail} for b in limits]
-        data["neighbours"] = [
-            {"field": n.field, "value": n.value, "verdict": n.verdict, "step_s": n.step_s or None, "reason": n.reason}
-            for n in around
-        ]
-        print_json(data)
+        print_json(_data(plan, limits, around))
         return 0
     from moeplan.cli.render import (
         bindings_table,
@@ -57,6 +48,7 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
         memory_table,
         neighbours_table,
         plan_summary,
+        tie_lines,
         time_bars,
     )  # fmt: skip
 
@@ -71,4 +63,46 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
         c = plan.certificate
         for line in certificate_lines(c.considered, c.priced, c.rejected, c.seconds, c.gap):
             out.print(line)
+    for line in tie_lines(plan):
+        out.print(line)
+    return 0
+
+
+def _data(plan: Plan, limits: list[Binding], around: list[Neighbour]) -> dict[str, Any]:
+    """The plan as plain data, with what binds and what is one step away."""
+    data = plan.to_data()
+    data["binds"] = [{"what": b.what, "share": b.share, "detail": b.detail} for b in limits]
+    data["neighbours"] = [
+        {
+            "field": n.field,
+            "value": n.value,
+            "verdict": n.verdict,
+            "step_s": n.step_s or None,
+            "reason": n.reason,
+            "sigma": n.sigma or None,
+            "tie": n.tie,
+        }
+        for n in around
+    ]
+    return data
+
+
+def _side_by_side(plan: Plan, other: Plan, as_json: bool) -> int:
+    """Two plans part by part, and whether their difference is more than noise."""
+    from moeplan.planner.explain import difference
+    from moeplan.planner.ties import compare
+    from moeplan.records import to_mapping
+
+    rows, found = difference(plan, other), compare(plan, other)
+    if as_json:
+        parts = [{"part": name, "this_s": a, "other_s": b} for name, a, b in rows]
+        data = {"this_step_s": plan.step_s, "other_step_s": other.step_s, "parts": parts}
+        print_json({**data, "comparison": to_mapping(found)})
+        return 0
+    from moeplan.cli.render import comparison_lines, console, difference_table
+
+    out = console()
+    out.print(difference_table(plan, other, rows))
+    for line in comparison_lines(found):
+        out.print(line)
     return 0

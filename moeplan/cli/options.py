@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moeplan.costmodels.workload import Workload
     from moeplan.planner.problem import Problem
     from moeplan.profiles.hardware import Device
+    from moeplan.profiles.profile import Profile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,13 +54,23 @@ COUNT = Count()
 _PROBLEM = [
     click.option("--model", "model_ref", metavar="MODEL", help="Catalog name, config.json or a directory that holds one."),
     click.option("--cluster", "cluster_ref", metavar="CLUSTER", help="Shorthand (h100x256), catalog name or a YAML file."),
+    click.option(
+        "--profile",
+        "profile_file",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Profile of a machine, in place of --cluster; with it, that one only gives the count of GPUs.",
+    ),
     click.option("--global-batch", type=COUNT, metavar="N", help="Sequences of a step."),
     click.option("--seq-len", type=COUNT, metavar="N", help="Tokens of a sequence."),
     click.option(
         "--precision", default="bf16", show_default=True, help="bf16, fp8-cs, fp8-delayed, fp8-blockwise, fp8-mx or nvfp4."
     ),
     click.option(
-        "--era", default="latest", show_default=True, help="Software features that exist: latest, or a name like deepep-2025."
+        "--era",
+        default="latest",
+        show_default=True,
+        help="Software features that exist: latest, a name like deepep-2025, or a Megatron-Core version.",
     ),
     click.option(
         "--gradients", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Gradient reduction."
@@ -118,42 +129,56 @@ def make_problem(
     no_mtp: bool,
     memory_limit: str | None,
     price_per_gpu_hour: float,
+    profile_file: Path | None = None,
     pins: tuple[str, ...] = (),
     forbidden: tuple[str, ...] = (),
     **how: Any,
 ) -> Problem:
     """The problem that the options state; every missing one is named. `how` are those of `_workload`."""
-    needed = {"--model": model_ref, "--cluster": cluster_ref, "--global-batch": global_batch, "--seq-len": seq_len}
+    machine = cluster_ref or profile_file
+    needed = {"--model": model_ref, "--cluster": machine, "--global-batch": global_batch, "--seq-len": seq_len}
     missing = [name for name, value in needed.items() if value is None]
     if missing:
         raise UsageError(
             f"missing {', '.join(missing)}", hint="a plan file says all of them; `moeplan solve --help` shows an example"
         )
-    assert model_ref is not None and cluster_ref is not None and global_batch is not None and seq_len is not None
+    assert model_ref is not None and global_batch is not None and seq_len is not None
     from moeplan.costmodels.model_catalog import load_model
     from moeplan.planner.problem import Problem, parse_condition
-    from moeplan.profiles.hardware import load_cluster
-    from moeplan.profiles.profile import nominal
 
     if not 0 <= price_per_gpu_hour < math.inf:
         raise UsageError(f"--price-per-gpu-hour {price_per_gpu_hour:g}: a price of 0 or more is needed")
-    model, cluster = load_model(model_ref), load_cluster(cluster_ref)
+    model, profile = load_model(model_ref), load_machine(cluster_ref, profile_file)
     if no_mtp:
         if not model.mtp:
             remark(f"{model.name} has no prediction layers; --no-mtp changes nothing")
         model = dataclasses.replace(model, mtp=())
     if price_per_gpu_hour:
-        cluster = dataclasses.replace(cluster, price_per_gpu_hour=price_per_gpu_hour)
+        cluster = dataclasses.replace(profile.cluster, price_per_gpu_hour=price_per_gpu_hour)
+        profile = dataclasses.replace(profile, cluster=cluster)
     for text in model.remarks:
         remark(text)
     return Problem(
         model=model,
-        profile=nominal(cluster),
+        profile=profile,
         workload=_workload(model, global_batch=global_batch, seq_len=seq_len, **how),
         pins=tuple(parse_condition(p) for p in pins),
         forbidden=tuple(parse_condition(p) for p in forbidden),
-        memory_limit_bytes=_limit_bytes(memory_limit, cluster.device),
+        memory_limit_bytes=_limit_bytes(memory_limit, profile.cluster.device),
     )
+
+
+def load_machine(cluster_ref: str | None, profile_file: Path | None) -> Profile:
+    """The profile of a file, at the count of GPUs of the cluster if there is one too; without a file the nominal profile."""
+    from moeplan.profiles.hardware import load_cluster
+    from moeplan.profiles.profile import nominal
+    from moeplan.profiles.profile_file import load_profile, on_cluster
+
+    if profile_file is None:
+        assert cluster_ref is not None
+        return nominal(load_cluster(cluster_ref))
+    profile = load_profile(profile_file)
+    return profile if cluster_ref is None else on_cluster(profile, load_cluster(cluster_ref))
 
 
 def _workload(
@@ -163,10 +188,13 @@ def _workload(
 
     if imbalance != 1.0 and model.moe is None:
         raise UsageError(f"--imbalance {imbalance:g}: {model.name} has no experts to load unevenly")
+    software = load_era(era)
+    if software.framework != "megatron":
+        raise UsageError(f"--era {era}: {software.source} serves to price tables of runs, plans are for Megatron")
     return Workload(
         **sizes,
         precision=load_precision(precision),
-        era=load_era(era),
+        era=software,
         gradient_bytes={"fp32": 4, "bf16": 2}[gradients],
         moment_bytes={"fp32": 4, "bf16": 2}[moments],
         imbalance=imbalance,
@@ -197,6 +225,6 @@ def progress_bar(label: str) -> Any:
 
 
 __all__ = [
-    "COUNT", "Count", "MoeplanError", "check_writable", "json_option", "make_problem", "print_json", "problem_options",
-    "progress_bar", "remark",
+    "COUNT", "Count", "MoeplanError", "check_writable", "json_option", "load_machine", "make_problem", "print_json",
+    "problem_options", "progress_bar", "remark",
 ]  # fmt: skip

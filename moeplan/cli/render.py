@@ -6,6 +6,7 @@ stdout is not a terminal.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from moeplan.costmodels.breakdown import Breakdown
 from moeplan.planner.explain import Binding, Neighbour
 from moeplan.planner.plan import Plan, StageMemory
 from moeplan.planner.solve import Solution, cost_per_trillion_tokens
+from moeplan.planner.ties import Comparison
 from moeplan.units import GIB, TERA, format_bytes, format_count, format_seconds
 
 BAR = 28
@@ -72,7 +74,8 @@ def solution_table(solution: Solution) -> Table:
     sized = len({plan.layout.world for plan in solution.plans}) > 1
     for name in ("", *(["GPUs"] if sized else []), "layout", "micro", "recompute", "dispatch"):
         table.add_column(name)
-    for name in ("step", "80 % of runs", "tok/s/GPU", "MFU", "peak GiB"):
+    tied = {0, *solution.tied} if solution.tied else set()
+    for name in ("step", *(["tie"] if tied else []), "80 % of runs", "tok/s/GPU", "MFU", "peak GiB"):
         table.add_column(name, justify="right", no_wrap=True)
     if priced:
         table.add_column("per 10^12 tok", justify="right", no_wrap=True)
@@ -84,6 +87,7 @@ def solution_table(solution: Solution) -> Table:
             " ".join(plan.layout.recompute) or "-",
             dispatch_text(plan),
             format_seconds(plan.step_s),
+            *((["tie"] if i in tied else [""]) if tied else []),
             f"{format_seconds(plan.low_s)} - {format_seconds(plan.high_s)}",
             f"{plan.tokens_per_s_per_gpu:,.0f}",
             f"{plan.mfu:.1%}",
@@ -126,6 +130,35 @@ def certificate_lines(considered: int, priced: int, rejected: Mapping[str, int],
     shown = sorted(rejected.items(), key=lambda kv: -kv[1])
     parts = [f"{names.get(reason, reason)} {format_count(count)}" for reason, count in shown]
     yield Text("passed over: " + ", ".join(parts), style="dim")
+
+
+def tie_lines(plan: Plan) -> Iterable[Text]:
+    """Which of the plans that lost are as good as this one, and what would tell."""
+    sigmas = [r.sigma for r in plan.runners_up if r.tie]
+    if not sigmas:
+        return
+    low, high = f"{min(sigmas):.1%}", f"{max(sigmas):.1%}"
+    said = f"sigma {low}" if low == high else f"sigma {low} to {high}"
+    yield Text(
+        f"tie within the noise: {len(sigmas)} of the next {len(plan.runners_up)} plans may be as fast ({said} of the ratio)"
+    )
+    if plan.measure is not None:
+        yield Text(f"to tell this plan from {plan.measure.against}: {plan.measure.run}", style="dim")
+
+
+def comparison_lines(found: Comparison) -> Iterable[Text]:
+    """Whether two plans differ by more than noise."""
+    ratio, sigma = f"{math.expm1(found.log_ratio):+.1%}", f"sigma {found.sigma:.1%} of the ratio"
+    if found.tie:
+        yield Text(f"tie within the noise: the other takes {ratio} GPU time, {sigma}", style="yellow")
+    else:
+        yield Text(f"no tie: the other takes {ratio} GPU time, {sigma}")
+    if not found.shared:
+        yield Text(
+            "the plans do not share model, device, precision and software, so that their errors do not cancel", style="dim"
+        )
+    if found.tie and found.measurement is not None:
+        yield Text(f"to tell them apart: {found.measurement.run}", style="dim")
 
 
 def time_bars(time_s: Breakdown) -> Table:
@@ -239,7 +272,8 @@ def neighbours_table(plan: Plan, neighbours: list[Neighbour]) -> Table:
         if x.dispatcher != "none":
             how += f", {x.dispatcher}{' overlap' if x.ep_overlap else ''}"
         style = "green" if share < 0 else "yellow" if share < 0.05 else ""
-        table.add_row(change, format_seconds(n.step_s), Text(f"{share:+.1%}", style=style), how)
+        against = f"{share:+.1%}, tie (sigma {n.sigma:.1%})" if n.tie else f"{share:+.1%}"
+        table.add_row(change, format_seconds(n.step_s), Text(against, style=style), how)
     return table
 
 

@@ -60,7 +60,8 @@ def solve(
                     --precision fp8-cs -o plan.yaml
 
     All degrees, micro-batch, virtual stages, dispatcher, overlap and recompute are searched; the answer comes with a count of
-    everything that was passed over and why. Exit code 3: no plan fits.
+    everything that was passed over and why. Plans that tie differ by less than the noise of their difference; of those that tie
+    with the fastest, the most robust comes first. Exit code 3: no plan fits.
     """
     if output is not None:
         check_writable(output, "plan file")
@@ -72,8 +73,9 @@ def solve(
         solution = solve_problem(problem, objective=objective, keep=top, progress=progress, **target)
     if refine:
         from moeplan.planner.refine import refined
+        from moeplan.planner.ties import settled
 
-        solution = dataclasses.replace(solution, plans=refined(solution.plans))
+        solution = dataclasses.replace(solution, plans=settled(refined(solution.plans)))
     if output is not None and solution.plans:
         solution.plans[0].save(output)
     if as_json:
@@ -110,7 +112,7 @@ def _target(objective: str, step_time: str | None, tokens_per_s: float | None) -
 
 def _show(solution: Any) -> None:
     """The best plans as a table, the time and memory of the first, and what was passed over."""
-    from moeplan.cli.render import certificate_lines, console, memory_table, solution_table, time_bars
+    from moeplan.cli.render import certificate_lines, console, memory_table, solution_table, tie_lines, time_bars
 
     best = solution.plans[0]
     out = console()
@@ -121,6 +123,8 @@ def _show(solution: Any) -> None:
     for line in certificate_lines(
         solution.considered, solution.priced, solution.rejected, solution.seconds, best.certificate.gap
     ):
+        out.print(line)
+    for line in tie_lines(best):
         out.print(line)
 
 
@@ -153,5 +157,6 @@ def _data(solution: Any) -> dict[str, Any]:
         "rejected": dict(solution.rejected),
         "seconds": round(solution.seconds, 3),
         "gpus_that_fit": solution.gpus_that_fit,
+        "tied": list(solution.tied),
         "plans": [plan.to_data() for plan in solution.plans],
     }

@@ -12,11 +12,14 @@ from typing import Literal
 
 import numpy as np
 
+from moeplan.costmodels.layout import Layouts
+from moeplan.costmodels.price import Pricing
 from moeplan.planner.constraints import RULES
 from moeplan.planner.plan import Plan
 from moeplan.planner.problem import Condition, Problem
 from moeplan.planner.search import EXCLUDED, MEMORY, SLOWER, Candidate, search
 from moeplan.planner.space import divisors
+from moeplan.planner.ties import distances
 from moeplan.units import format_bytes
 
 DEGREES = ("tp", "cp", "pp", "ep", "etp", "vpp", "micro_batch")
@@ -37,6 +40,10 @@ class Neighbour:
     reason: str = ""
     """Why there is none: the rule, or by how much memory misses."""
     best: Candidate | None = None
+    sigma: float = 0.0
+    """Standard deviation of the log of its step time over the plan's; 0 where there is none."""
+    tie: bool = False
+    """Whether the two differ by less than that leaves open."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +64,24 @@ def neighbours(plan: Plan) -> list[Neighbour]:
             continue
         for value in _steps(plan, name):
             out.append(_neighbour(plan, name, value))
+    return _told_apart(plan, out)
+
+
+def _told_apart(plan: Plan, found: list[Neighbour]) -> list[Neighbour]:
+    """The neighbours with what is not known of their difference from the plan; all of them are priced at once."""
+    layouts = [n.best.layout for n in found if n.best is not None]
+    if not layouts:
+        return found
+    problem = plan.problem
+    times = Pricing(problem.model, problem.profile, problem.workload, Layouts.of(layouts)).step_cost().time
+    sigma, tie = distances(plan, layouts, times)
+    known = iter(zip(sigma.tolist(), tie.tolist(), strict=True))
+    out = []
+    for n in found:
+        if n.best is not None:
+            one_sigma, one_tie = next(known)
+            n = dataclasses.replace(n, sigma=one_sigma, tie=one_tie)
+        out.append(n)
     return out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,24 @@ from moeplan.costmodels.stages import chunk_letters
 from moeplan.costmodels.uncertainty import interval
 from moeplan.errors import LayoutError, SchemaError, nearest
 from moeplan.planner.constraints import violations
+from moeplan.planner.measurement import Measurement
 from moeplan.planner.plan_data import (
     cluster_data,
     layout_data,
     limits_data,
     located,
     model_data,
+    profile_data,
+    profile_remarks,
     read_cluster,
     read_layout,
     read_limits,
     read_model,
+    read_profile,
     read_workload,
     workload_data,
 )
 from moeplan.planner.problem import Problem
-from moeplan.profiles.profile import nominal
 from moeplan.records import dump_yaml, from_mapping, load_yaml, save_text, to_mapping
 from moeplan.units import GIB, TERA
 
@@ -52,6 +55,7 @@ _KEYS = (
     "predicted",
     "certificate",
     "runners_up",
+    "measure",
     "provenance",
     "remarks",
 )
@@ -92,6 +96,10 @@ class RunnerUp:
     layout: Layout
     step_s: float
     peak_bytes: float
+    sigma: float = 0.0
+    """Standard deviation of the log of its step time over that of the plan; 0: not known."""
+    tie: bool = False
+    """Whether it differs from the plan by less than what is not known of the difference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +108,8 @@ class _Runner:
 
     step_s: float
     peak_gib: float
+    sigma: float = 0.0
+    tie: bool = False
     layout: Any
 
 
@@ -109,11 +119,12 @@ class _Rest:
 
     certificate: Certificate | None = None
     runners_up: tuple[_Runner, ...] = ()
+    measure: Measurement | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
 
-_REST = ("certificate", "runners_up", "provenance", "remarks")
+_REST = ("certificate", "runners_up", "measure", "provenance", "remarks")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,6 +144,8 @@ class Plan:
     """Interval meant to hold the measured step time in 80 % of cases."""
     certificate: Certificate | None = None
     runners_up: tuple[RunnerUp, ...] = ()
+    measure: Measurement | None = None
+    """What would tell the plan from the first runner-up that ties with it and that a microbenchmark could tell from it."""
     remarks: tuple[str, ...] = field(default=())
 
     @property
@@ -190,10 +203,9 @@ class Plan:
                 "gap": self.certificate.gap,
                 "rejected": dict(sorted(self.certificate.rejected.items(), key=lambda kv: -kv[1])),
             }
-        data["runners_up"] = [
-            {"step_s": round(r.step_s, 5), "peak_gib": round(r.peak_bytes / GIB, 2), "layout": layout_data(r.layout)}
-            for r in self.runners_up
-        ]
+        data["runners_up"] = [_runner_data(r) for r in self.runners_up]
+        if self.measure is not None:
+            data["measure"] = to_mapping(self.measure)
         data["provenance"] = provenance(self.problem, self.layout)
         if self.remarks:
             data["remarks"] = list(self.remarks)
@@ -231,7 +243,26 @@ class Plan:
         save_text(path, self.text(), "plan file")
 
 
-def price_plan(problem: Problem, layout: Layout, **more: Any) -> Plan:
+def _runner_data(r: RunnerUp) -> dict[str, Any]:
+    row = _Runner(
+        step_s=round(r.step_s, 5),
+        peak_gib=round(r.peak_bytes / GIB, 2),
+        sigma=round(r.sigma, 4),
+        tie=r.tie,
+        layout=layout_data(r.layout),
+    )
+    return to_mapping(row)
+
+
+def _read_runner(r: _Runner, where: str, drift: Sequence[str]) -> RunnerUp:
+    """The inverse; how far it is from the plan is forgotten where the plan is another one now."""
+    layout, peak_bytes = read_layout(r.layout, where), r.peak_gib * GIB
+    if drift:
+        return RunnerUp(layout=layout, step_s=r.step_s, peak_bytes=peak_bytes)
+    return RunnerUp(layout=layout, step_s=r.step_s, peak_bytes=peak_bytes, sigma=r.sigma, tie=r.tie)
+
+
+def price_plan(problem: Problem, layout: Layout, *, remarks: Sequence[str] = (), **more: Any) -> Plan:
     """The plan of one layout, with every stage priced; `more` are further fields of the plan."""
     one = Layouts.of([layout])
     parts = (problem.model, problem.profile, problem.workload, one)
@@ -247,7 +278,7 @@ def price_plan(problem: Problem, layout: Layout, **more: Any) -> Plan:
         for rank in range(layout.pp)
     )
     time = cost.time.at(0)
-    low, high = interval(problem.model, problem.profile, float(time.total))
+    low, high = interval(problem.model, problem.profile, problem.workload, time)
     return Plan(
         problem=problem,
         layout=layout,
@@ -256,6 +287,7 @@ def price_plan(problem: Problem, layout: Layout, **more: Any) -> Plan:
         stage_s=tuple(float(s) for s in cost.stage_s[:, 0]),
         low_s=float(low),
         high_s=float(high),
+        remarks=tuple(dict.fromkeys((*remarks, *profile_remarks(problem.profile)))),
         **more,
     )
 
@@ -281,7 +313,7 @@ def load_plan(path: Path) -> Plan:
     with located(where):
         problem = Problem(
             model=read_model(data["model"], where),
-            profile=nominal(read_cluster(data["cluster"], where)),
+            profile=read_profile(data.get("provenance"), read_cluster(data["cluster"], where), path),
             workload=read_workload(data["workload"], where),
             extend_positions=True,
             **read_limits(data.get("limits"), where),
@@ -293,9 +325,8 @@ def load_plan(path: Path) -> Plan:
         problem,
         layout,
         certificate=None if drift else rest.certificate,
-        runners_up=tuple(
-            RunnerUp(layout=read_layout(r.layout, where), step_s=r.step_s, peak_bytes=r.peak_gib * GIB) for r in rest.runners_up
-        ),
+        runners_up=tuple(_read_runner(r, where, drift) for r in rest.runners_up),
+        measure=None if drift else rest.measure,
         remarks=tuple(dict.fromkeys((*rest.remarks, *drift))),
     )
 
@@ -318,7 +349,7 @@ def provenance(problem: Problem, layout: Layout) -> dict[str, Any]:
         "cluster_sha256": _digest(cluster_data(profile.cluster)),
         "workload_sha256": _digest({**workload_data(problem.workload), **limits_data(problem)}),
         "layout_sha256": _digest(layout_data(layout)),
-        "profile": profile.name,
+        **profile_data(profile),
         "curves_measured_on_this_device": f"{len(profile.origins) - len(scaled)} of {len(profile.origins)}",
         "curves_scaled_from_relatives": scaled,
     }

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from moeplan.costmodels.hf_config import read_config
@@ -18,10 +19,14 @@ from moeplan.costmodels.layout import DEGREES, Layout
 from moeplan.costmodels.model import Model
 from moeplan.costmodels.model_catalog import load_model, named_model
 from moeplan.costmodels.workload import Workload, load_era, load_precision
-from moeplan.errors import MoeplanError, SchemaError
+from moeplan.errors import FileError, MoeplanError, SchemaError
 from moeplan.planner.problem import Problem, parse_condition
-from moeplan.profiles.hardware import Cluster, load_cluster, named_cluster
-from moeplan.records import from_mapping, to_mapping
+from moeplan.profiles.hardware import Cluster
+from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.profile_file import cluster_data as cluster_data
+from moeplan.profiles.profile_file import is_nominal, load_profile, on_cluster
+from moeplan.profiles.profile_file import read_cluster as cluster_of
+from moeplan.records import from_mapping, sha256_of, to_mapping
 
 T = TypeVar("T")
 
@@ -110,15 +115,53 @@ def read_model(data: Any, where: str) -> Model:
         return model
 
 
-def cluster_data(cluster: Cluster) -> Any:
-    """A cluster as plain data: its shorthand or catalog name where that says it all, else every field."""
-    return cluster.name if _known(named_cluster, cluster.name) == cluster else to_mapping(cluster)
-
-
 def read_cluster(data: Any, where: str) -> Cluster:
     """The inverse of `cluster_data`."""
-    with located(f"{where}, key 'cluster'"):
-        return load_cluster(data) if isinstance(data, str) else from_mapping(Cluster, data, f"{where}, key 'cluster'")
+    return cluster_of(data, f"{where}, key 'cluster'")
+
+
+def profile_data(profile: Profile) -> dict[str, Any]:
+    """What a plan says about its profile: the name, and the file unless it is the nominal one."""
+    if is_nominal(profile):
+        return {"profile": profile.name}
+    return {"profile": profile.name, "profile_file": profile.path, "profile_sha256": profile.sha256}
+
+
+def profile_remarks(profile: Profile) -> tuple[str, ...]:
+    """What is to be said about a plan that was not priced with the nominal profile."""
+    if is_nominal(profile):
+        return ()
+    file = f" of '{Path(profile.path).name}' (sha256 {profile.sha256[:12]})" if profile.path else ", which no file holds"
+    return (f"priced with the profile '{profile.name}'{file}, not with the nominal one",)
+
+
+def read_profile(said: Any, cluster: Cluster, plan_file: Path) -> Profile:
+    """The profile that the provenance of a plan names, on the plan's cluster: nominal, or that very file, or an error."""
+    where = f"plan file '{plan_file}', key 'provenance'"
+    if not isinstance(said, Mapping) or not {"profile_file", "profile_sha256"} & set(said):
+        return nominal(cluster)
+    file, sha256 = said.get("profile_file"), said.get("profile_sha256")
+    if not isinstance(file, str) or not isinstance(sha256, str):
+        raise SchemaError(f"{where}: profile_file and profile_sha256 are text, found {file!r} and {sha256!r}"[:200])
+    nominally = "to price it with the nominal profile, take both keys out of its provenance"
+    if not file:
+        raise SchemaError(
+            f"{where}: the plan was priced with the profile '{said.get('profile')}', which no file holds", hint=nominally
+        )
+    found = []
+    with located(where):
+        for path in dict.fromkeys((Path(file), plan_file.parent / Path(file).name)):
+            try:
+                there = sha256_of(path, "profile")
+            except FileError:
+                continue
+            if there == sha256:
+                return on_cluster(load_profile(path), cluster)
+            found.append(f"'{path}' has sha256 {there[:12]}")
+        raise SchemaError(
+            f"the plan was priced with '{file}', sha256 {sha256[:12]}; {' and '.join(found) or 'it is not there'}",
+            hint=f"put that file there or beside the plan, or solve again; {nominally}",
+        )
 
 
 def workload_data(workload: Workload) -> dict[str, Any]:

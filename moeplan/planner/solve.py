@@ -2,7 +2,8 @@
 
 "throughput" takes all GPUs. "gpus" finds the fewest that reach a target, "cost" the least money per 10^12 tokens; both look at
 whole nodes, every count up to 64 nodes and beyond that those with small prime factors only, since others leave few layouts.
-That no plan fits is an answer: `Solution.status` says so, with what missed by how much and how many GPUs would do.
+That no plan fits is an answer: `Solution.status` says so, with what missed by how much and how many GPUs would do. Plans that
+tie with the fastest are put in the order of `ties.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Literal
 import numpy as np
 
 from moeplan.errors import ProblemError
-from moeplan.planner.plan import Certificate, Plan, RunnerUp, price_plan
+from moeplan.planner.plan import Certificate, Plan, price_plan
 from moeplan.planner.problem import Problem
 from moeplan.planner.search import Candidate, Search, search
-from moeplan.profiles.profile import nominal
+from moeplan.planner.ties import settled
 from moeplan.units import HOUR_S
 
 Objective = Literal["throughput", "gpus", "cost"]
@@ -39,7 +40,7 @@ class Solution:
 
     status: Literal["optimal", "infeasible"]
     plans: tuple[Plan, ...]
-    """Best first; empty if nothing fits."""
+    """Best first: of those that tie with the fastest the preferred one, see `ties.py`; empty if nothing fits."""
     considered: int
     rejected: Mapping[str, int]
     """Layouts by the reason they were passed over."""
@@ -51,6 +52,11 @@ class Solution:
     """GPUs of the same kind on which some plan fits; 0: not looked for or not found."""
     counts: tuple[int, ...] = ()
     """GPU counts that were looked at."""
+
+    @property
+    def tied(self) -> tuple[int, ...]:
+        """Places in `plans` of those that differ from the first by less than what is not known of the difference."""
+        return tuple(i + 1 for i, runner in enumerate(self.plans[0].runners_up) if runner.tie) if self.plans else ()
 
 
 def solve(
@@ -96,7 +102,7 @@ def cost_per_trillion_tokens(problem: Problem, gpus: int, step_s: float) -> floa
 
 def resized(problem: Problem, gpus: int) -> Problem:
     """The same problem on another number of GPUs."""
-    return dataclasses.replace(problem, profile=nominal(problem.profile.cluster.resized(gpus)))
+    return dataclasses.replace(problem, profile=problem.profile.resized(gpus))
 
 
 def _over_counts(
@@ -138,16 +144,8 @@ def _solution(candidates: list[tuple[Problem, Candidate]], totals: Search, start
         rejected=dict(totals.rejected),
         seconds=round(seconds, 3),
     )
-    runners = tuple(RunnerUp(layout=c.layout, step_s=c.step_s, peak_bytes=c.peak_bytes) for _, c in candidates)
-    plans = tuple(
-        price_plan(
-            sized,
-            c.layout,
-            certificate=certificate,
-            runners_up=runners[:i] + runners[i + 1 :],
-            remarks=sized.model.remarks,
-        )
-        for i, (sized, c) in enumerate(candidates)
+    plans = settled(
+        [price_plan(sized, c.layout, certificate=certificate, remarks=sized.model.remarks) for sized, c in candidates]
     )
     return Solution(
         status="optimal" if plans else "infeasible",

@@ -48,3 +48,20 @@ def test_against_another(moeplan: Moeplan, plan_file: Path, tmp_path: Path) -> N
 def test_wrong_use(moeplan: Moeplan, plan_file: Path, arguments: list[str], code: int, message: str) -> None:
     end = moeplan("explain", *[plan_file if a == "PLAN" else a for a in arguments])
     assert end.code == code and message in end.complaint and end.out == ""
+
+
+def test_ties_are_told_with_their_deviation(moeplan: Moeplan, plan_file: Path, tmp_path: Path) -> None:
+    same = moeplan("explain", plan_file, "--against", plan_file)
+    assert "tie within the noise: the other takes +0.0% GPU time, sigma " in same.out and "to tell them apart: " in same.out
+    assert "tie within the noise: " in moeplan("explain", plan_file).out
+    found = json.loads(moeplan("explain", plan_file, "--against", plan_file, "--json").out)["comparison"]
+    assert found["tie"] and found["shared"] and found["log_ratio"] == 0.0 and found["measurement"]["run"]
+    around = json.loads(moeplan("explain", plan_file, "--json").out)["neighbours"]
+    assert all((n["sigma"] is None) == (n["step_s"] is None) and isinstance(n["tie"], bool) for n in around)
+
+
+def test_plans_of_other_machines_share_no_errors(moeplan: Moeplan, plan_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    assert moeplan("solve", *question(cluster="b200x8"), "-o", other).code == 0
+    end = moeplan("explain", plan_file, "--against", other)
+    assert end.code == 0 and "so that their errors do not cancel" in end.out and "no tie: " in end.out

@@ -37,7 +37,8 @@ def at_every_count(device_bytes: float = 0.0) -> dict[int, list[float]]:
 
 
 def steps(solution: Solution) -> list[float]:
-    return [p.step_s for p in solution.plans]
+    """Step times, fastest first: plans that tie may stand in another order."""
+    return sorted(p.step_s for p in solution.plans)
 
 
 def test_throughput_takes_all_gpus() -> None:
@@ -81,7 +82,7 @@ def test_a_target_out_of_reach() -> None:
 def test_least_cost_over_all_counts(keep: int) -> None:
     wanted = sorted(gpus * step for gpus, times in at_every_count().items() for step in times[:keep])[:keep]
     solution = solve(WIDE, objective="cost", keep=min(keep, 6))
-    np.testing.assert_allclose([p.layout.world * p.step_s for p in solution.plans], wanted[:6], rtol=1e-9)
+    np.testing.assert_allclose(sorted(p.layout.world * p.step_s for p in solution.plans), wanted[:6], rtol=1e-9)
 
 
 def test_least_cost_within_a_target() -> None:
