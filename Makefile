@@ -2,12 +2,14 @@
 # make test   create .venv, check, run all tests
 # make check  linter and type checker
 # make bench  speed figures        make docs  regenerate the generated pages
+# make spread  fit the error bars to published runs, write them and the tables of docs/uncertainty.md
+# make accuracy  compare with published runs, write docs/accuracy.md, fail below a threshold
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench spread accuracy docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
@@ -39,6 +41,12 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(RUN)/python -m benchmarks.speed.pricing
 	$(RUN)/python -m benchmarks.speed.commands
+
+spread: $(STAMP)
+	$(RUN)/python -m benchmarks.fit_spread
+
+accuracy: $(STAMP)
+	$(RUN)/python -m benchmarks.accuracy
 
 docs: $(STAMP)
 	$(RUN)/python docs/generate.py

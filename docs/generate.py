@@ -59,7 +59,7 @@ def picture() -> str:
     from rich.text import Text
 
     from moeplan.cli.options import make_problem
-    from moeplan.cli.render import certificate_lines, memory_table, solution_table, time_bars
+    from moeplan.cli.render import certificate_lines, memory_table, solution_table, tie_lines, time_bars
     from moeplan.planner.solve import solve
 
     problem = make_problem(
@@ -76,6 +76,8 @@ def picture() -> str:
         console.print(block)
         console.print()
     for line in certificate_lines(solution.considered, solution.priced, solution.rejected, solution.seconds, 0.0):
+        console.print(line)
+    for line in tie_lines(best):
         console.print(line)
     svg = console.export_svg(title="moeplan")
     # The picture stands alone: no fonts from elsewhere.

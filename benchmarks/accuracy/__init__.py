@@ -1,0 +1,1 @@
+"""How well predictions meet published, measured training runs: `python -m benchmarks.accuracy`."""
