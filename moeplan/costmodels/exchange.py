@@ -51,15 +51,25 @@ def tensor_exchange(block: Block, model: Model, profile: Profile, workload: Work
     return out
 
 
+def exchanges_heads(block: Attention, seq_len: int) -> bool:
+    """Whether context parallelism exchanges heads by an all-to-all: Transformer Engine has no ring for windows and sinks."""
+    return block.sinks or 0 < block.window < seq_len
+
+
 def context_exchange(
     block: Block, profile: Profile, workload: Workload, layouts: Layouts, core_forward: Any, core_backward: Any
 ) -> PassTimes:
-    """What a ring costs beside the attention core, given the core's own seconds.
+    """What context parallelism costs beside the attention core, given the core's own seconds.
 
-    Each of cp - 1 further steps launches its kernels, joins its output to what is there, and waits for keys and values that the
-    step before did not hide.
+    A ring: each of cp - 1 further steps launches its kernels, joins its output to what is there, and waits for keys and values
+    that the step before did not hide. An all-to-all: queries, keys and values give up their share of the sequence for a share
+    of the heads before the core, the output takes it back after, and nothing hides either.
     """
     out = PassTimes()
+    if isinstance(block, Attention) and exchanges_heads(block, workload.seq_len):
+        once = _head_exchange_s(block, profile, workload, layouts)
+        out.add("context-parallel exchange", once, once)
+        return out
     match block:
         case Attention():
             width: Any = np.maximum(block.kv_heads / layouts.tp, 1.0) * (block.head_dim + block.v_head_dim)
@@ -77,6 +87,19 @@ def context_exchange(
     backward = join + profile.exposed * np.maximum(2.0 * step - core_backward / layouts.cp, 0.0)
     out.add("context-parallel exchange", (layouts.cp - 1) * forward, (layouts.cp - 1) * backward)
     return out
+
+
+def _head_exchange_s(block: Attention, profile: Profile, workload: Workload, layouts: Layouts) -> Any:
+    """Seconds of an all-to-all of queries, keys and values and one of the output."""
+    where = group(profile, layouts.cp, layouts.tp)
+    keys = np.maximum(block.kv_heads / layouts.tp, 1.0) * (block.head_dim + block.v_head_dim)
+    widths = (block.heads * block.head_dim / layouts.tp + keys, block.heads * block.v_head_dim / layouts.tp)
+    seconds: Any = 0.0
+    for width in widths:
+        buffer = 2.0 * rank_tokens(workload, layouts) * width
+        far, near = buffer * (1.0 - where.local / where.ranks), buffer * (where.local - 1.0) / where.ranks
+        seconds = seconds + all_to_all_s(profile, far, near, where)
+    return profile.exposed * np.where(layouts.cp > 1, seconds, 0.0)
 
 
 def expert_exchange(block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:

@@ -16,12 +16,12 @@ import tempfile
 from pathlib import Path
 
 from moeplan._version import VERSION
+from moeplan.costmodels.exchange import exchanges_heads
 from moeplan.costmodels.model import Attention, LatentAttention, Model
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.errors import ExportError, FileError
 from moeplan.exporters.megatron_model import Flag, hybrid_pattern, model_arguments
 from moeplan.planner.constraints import violations
-from moeplan.planner.layout_rules import exchanges_heads
 from moeplan.planner.plan import Plan
 from moeplan.units import format_bytes, format_seconds
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moeplan.costmodels.exchange import exchanges_heads
 from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.memory import micro_batches
 from moeplan.costmodels.model import Attention, LatentAttention, LinearAttention, Mamba, Mlp, Moe
@@ -70,11 +71,6 @@ def _context(p: Problem, x: Layouts) -> Any:
 
 def _rotary_table(p: Problem, x: Layouts) -> Any:
     return (x.cp > 1) & (ROTARY_TABLE % (2 * x.cp) != 0) & bool(blocks(p.model, LatentAttention))
-
-
-def exchanges_heads(block: Attention, seq_len: int) -> bool:
-    """Whether context parallelism must exchange heads: Transformer Engine has no ring for windows and sinks."""
-    return block.sinks or 0 < block.window < seq_len
 
 
 def _context_heads(p: Problem, x: Layouts) -> Any:

@@ -101,6 +101,18 @@ def test_context_exchange_hides_behind_attention():
     assert context(ATTENTION, one(cp=4), (4 * step, 8 * step)) == pytest.approx([3 * join, 3 * join])
 
 
+def test_head_exchange_by_hand():
+    # 64 tokens on each of four near ranks: 8 query heads and 4 + 4 of keys and values of 16, then 8 of the output; 3/4 leave.
+    sinks = dataclasses.replace(ATTENTION, sinks=True)
+    once = 64 * 2 * (8 * 16 + 4 * 32 + 8 * 16) * 3 / 4 / RING
+    assert context(sinks, one(cp=4), (1.0, 1.0)) == pytest.approx([once, once])
+    window = dataclasses.replace(ATTENTION, window=64)
+    assert context(window, one(cp=4), (1.0, 1.0)) == pytest.approx([once, once])
+    # A window as long as the sequence is none; one rank exchanges nothing.
+    assert context(dataclasses.replace(ATTENTION, window=256), one(cp=4)) == context(ATTENTION, one(cp=4))
+    assert context(sinks, one()) == [0.0, 0.0]
+
+
 def test_what_has_no_context_exchange():
     state = LinearAttention(variant="gdn", key_heads=2, value_heads=4, key_dim=8, value_dim=8)
     for block in (MLP, MOE, state):
