@@ -46,8 +46,8 @@ FEW = 1.0
 """s^2 = NOISE^2 (1 + FEW / groups): the error of few layouts is as likely their own as the machine's."""
 MARGIN, MARGIN_OF_FEW = 0.1, 0.2
 """MARGIN + MARGIN_OF_FEW / groups: share by which the error on what was left out must fall; less may as well be chance."""
-ENOUGH = 0.15
-"""Log error of a single layout from which it is corrected: on the right profile of its machine one layout of ten has it."""
+ENOUGH = 0.25
+"""Log error of a single layout from which it is corrected: what is less may well be the layout's own and not the machine's."""
 OUTLIER = 3.0
 """Times the median error (or `NOISE`, if that is more) at which a row counts at most in a mean."""
 MOST = 0.5
@@ -175,7 +175,7 @@ def _judge(change: Any, before: Errors, after: Errors, held: Errors | None, grou
     if after.mean >= before.mean:
         return False, f"not corrected: the runs themselves would be off by {fitted}, they are by {was}"
     if held is None and before.mean < ENOUGH:
-        return False, f"not corrected: one layout alone, off by {was}; right profiles of a machine leave up to {ENOUGH:.0%}"
+        return False, f"not corrected: one layout alone, off by {was}; a layout alone is believed from {ENOUGH:.0%}"
     if held is None:
         return True, f"corrected by one layout alone: off by {was} before, by {fitted} after"
     seen = f"off by {was} before, by {held.mean:.1%} where the fit has not seen them"
