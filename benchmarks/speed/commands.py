@@ -1,7 +1,8 @@
 """Wall time and peak memory of whole commands, start-up included: `python -m benchmarks.speed.commands`.
 
-Every command runs in a process of its own, one warm-up and then `--repeat` counted runs; the median is what to quote. Absolute
-times belong to the machine that they were taken on; `python -c pass` is listed beside them for scale.
+Every command runs in a process of its own, one warm-up (it leaves compiled bytecode behind, as an installation does) and then
+`--repeat` counted runs; the median is what to quote. Absolute times belong to the machine that they were taken on; `python -c
+pass` is listed beside them for scale.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def measure(command: Command) -> tuple[float, float]:
     process = os.posix_spawn(
         command.arguments[0],
         command.arguments,
-        os.environ,
+        {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
         file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)],
     )
     _, status, usage = os.wait4(process, 0)
