@@ -16,12 +16,14 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
 	$(RUN)/python -m pip install --quiet --editable '.[dev]'
+	$(RUN)/python -m compileall -q moeplan
 	touch $(STAMP)
 
 $(VENV)/.demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --editable .
+	$(RUN)/python -m compileall -q moeplan
 	touch $(VENV)/.demo
 
 demo: $(VENV)/.demo
