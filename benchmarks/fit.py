@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import csv
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.accuracy.rows import compared, published_rows, results
+from benchmarks.accuracy.scores import error_figures
 from moeplan.costmodels import constants, kernels, layer, workload
 from moeplan.planner import estimate
+from moeplan.planner.robust import robust_change, shared_votes
 from moeplan.profiles import profile
 
 STEP = 0.05
@@ -114,12 +116,6 @@ PARAMETERS = (
 )
 
 
-def usable(row: Mapping[str, str]) -> bool:
-    """Whether a row was measured, by its source's own words."""
-    said = row.get("notes", "").lower()
-    return bool(row.get("measured_step_s")) and "digitised" not in said and "regression" not in said
-
-
 def predict(rows: Sequence[Mapping[str, str]]) -> np.ndarray:
     """Step seconds of every row with the values in use; nan where it cannot be priced."""
     profile._built.cache_clear()
@@ -139,22 +135,16 @@ def sensitivities(rows: Sequence[Mapping[str, str]], values: np.ndarray, base: n
 
 
 def change(error: np.ndarray, slopes: np.ndarray, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Change of the log parameters that minimises the objective, by reweighted least squares."""
+    """Change of the log parameters that minimises the objective."""
     prior = np.log([p.prior for p in PARAMETERS]) - np.log(values)
-    precision = np.array([p.spread**-2 for p in PARAMETERS])
-    delta = np.zeros(len(values))
-    for _ in range(50):
-        left = error + slopes @ delta
-        w = weights / ROBUST**2 / np.sqrt(1.0 + (left / ROBUST) ** 2)
-        normal = (slopes * w[:, None]).T @ slopes + np.diag(precision)
-        delta = np.linalg.solve(normal, precision * prior - (slopes * w[:, None]).T @ error)
-    return np.asarray(np.clip(delta, -0.5, 0.5))
+    spread = np.array([p.spread for p in PARAMETERS])
+    return np.asarray(np.clip(robust_change(error, slopes, weights, scale=ROBUST, spread=spread, pull=prior), -0.5, 0.5))
 
 
 def summary(error: np.ndarray) -> str:
     """Median, mean and share within 10 % of relative errors, from log errors."""
-    off = np.abs(np.expm1(error))
-    return f"median {100 * np.median(off):.1f} %, mean {100 * off.mean():.1f} %, within 10 %: {100 * np.mean(off < 0.1):.0f} %"
+    off = error_figures(np.exp(error))
+    return f"median {100 * off.median:.1f} %, mean {100 * off.mean:.1f} %, within 10 %: {100 * off.within:.0f} %"
 
 
 def left_out(keys: Sequence[str], error: np.ndarray, slopes: np.ndarray, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -176,20 +166,20 @@ def main() -> None:
         "--rounds", type=int, default=2, help="Rounds of sensitivities and change; 0: errors of the values in use."
     )
     options = parser.parse_args()
-    with options.runs.open(encoding="utf-8", newline="") as stream:
-        rows: list[dict[str, str]] = [row for row in csv.DictReader(stream) if usable(row)]
-    rows = [row for row, seconds in zip(rows, predict(rows), strict=True) if not np.isnan(seconds)]
-    measured = np.array([float(row["measured_step_s"]) for row in rows])
-    groups = [(row["id"].split("-")[0], row["model"], row["gpu"], row["precision"]) for row in rows]
-    count = collections.Counter(groups)
-    weights = np.array([count[g] ** -0.5 for g in groups])
+    runs = compared(results(published_rows(options.runs)))
+    rows = [r.row for r in runs]
+    base = np.array([r.predicted_s for r in runs])
+    error = np.log(base / np.array([r.measured_s for r in runs]))
+    weights = shared_votes([(r.family, r.row["model"], r.row["gpu"], r.row["precision"]) for r in runs])
     values = np.array([p.prior for p in PARAMETERS])
-    for round_ in range(options.rounds + 1):
+    judged = {}
+    if options.rounds == 0:
+        print(f"values in use: {summary(error)}")
+    for round_ in range(options.rounds + 1 if options.rounds else 0):
         for parameter, value in zip(PARAMETERS, values, strict=True):
-            if options.rounds:
-                parameter.use(float(value))
-        base = predict(rows)
-        error = np.log(base / measured)
+            parameter.use(float(value))
+        before, base = base, predict(rows)
+        error = error + np.log(base / before)
         print(f"round {round_}: {summary(error)}", flush=True)
         if round_ == options.rounds:
             break
@@ -198,25 +188,22 @@ def main() -> None:
     if options.rounds:
         for parameter, value in zip(PARAMETERS, values, strict=True):
             print(f"  {parameter.name:32s} {value:.3f}")
-        for what, keys in (("model", [r["model"] for r in rows]), ("source", [r["id"].split("-")[0] for r in rows])):
-            print(f"each {what} left out: {summary(left_out(keys, error, slopes, weights, values))}")
-    from moeplan.costmodels.model_catalog import load_model
-
-    moe = np.array([load_model(r["model"]).moe is not None for r in rows])
-    source = np.array([r["id"].split("-")[0] for r in rows])
-    for name, mask in (
-        ("dense of mbridge, nemo, dgxc", ~moe & np.isin(source, ["mbridge", "nemo", "dgxc"])),
-        ("MoE of mbridge, folding", moe & np.isin(source, ["mbridge", "folding"])),
+        for what, keys in (("model", [r["model"] for r in rows]), ("source", [r.family for r in runs])):
+            judged[what] = left_out(keys, error, slopes, weights, values)
+            print(f"each {what} left out: {summary(judged[what])}")
+    for name, kind, families in (
+        ("dense of mbridge, nemo, dgxc", "dense", ("mbridge", "nemo", "dgxc")),
+        ("MoE of mbridge, folding", "MoE", ("mbridge", "folding")),
     ):
+        mask = np.array([r.kind == kind and r.family in families for r in runs])
         print(f"{name}: {summary(error[mask])}")
-        if options.rounds:
-            for what, keys in (("model", [r["model"] for r in rows]), ("source", list(source))):
-                print(f"   each {what} left out: {summary(left_out(keys, error, slopes, weights, values)[mask])}")
+        for what, errors in judged.items():
+            print(f"   each {what} left out: {summary(errors[mask])}")
     by: dict[tuple[str, str, str], list[float]] = collections.defaultdict(list)
-    for row, e in zip(rows, error, strict=True):
-        by[row["id"].split("-")[0], row["gpu"], row["model"]].append(float(e))
-    for key, errors in sorted(by.items()):
-        print(f"  {' '.join(key):50s} {len(errors):3d} rows, {100 * float(np.expm1(np.median(errors))):+6.1f} %")
+    for r, e in zip(runs, error, strict=True):
+        by[r.family, r.row["gpu"], r.row["model"]].append(float(e))
+    for key, some in sorted(by.items()):
+        print(f"  {' '.join(key):50s} {len(some):3d} rows, {100 * float(np.expm1(np.median(some))):+6.1f} %")
 
 
 if __name__ == "__main__":

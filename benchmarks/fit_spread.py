@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,11 @@ import numpy as np
 from scipy.optimize import minimize
 
 import moeplan.costmodels.uncertainty as model
+from benchmarks.accuracy.fitting import architecture
 from benchmarks.accuracy.rows import TABLE, Result, compared, published_rows, results
 from benchmarks.accuracy.spread import weighted_quantile
 from moeplan.planner.estimate import profile_of
+from moeplan.planner.robust import robust_change, shared_votes
 from moeplan.records import dump_yaml, read_text, save_text
 
 CATALOG = Path(model.__file__).parent / "catalog" / "spread.yaml"
@@ -92,17 +93,11 @@ class Runs:
         return np.array([places.setdefault(key(r), len(places)) for r in self.results])
 
 
-def architecture(result: Result) -> tuple[Hashable, ...]:
-    """Hidden size and kinds of layers: Llama 3 and 3.1 are one model, and so is a run with fewer of the same layers."""
-    return (result.run.model.hidden, *result.run.model.kinds)
-
-
 def load(path: Path) -> Runs:
     """Price the runs of a table."""
     rows = compared(results(published_rows(path)))
     profiles = [profile_of(r.run.cluster) for r in rows]
     group = [(r.family, r.run.model.name, r.run.cluster.device.name, r.run.workload.precision.name) for r in rows]
-    size = Counter(group)
     pairs = list(zip(rows, profiles, strict=True))
     return Runs(
         results=rows,
@@ -110,7 +105,7 @@ def load(path: Path) -> Runs:
         shares=np.stack([model.shares(r.priced.cost) for r in rows if r.priced.cost is not None]),
         curves=np.stack([model.curve_errors(p, r.run.workload, SCALED) for r, p in pairs]),
         regime=np.array([model.regime(r.run.model, p, r.run.workload) for r, p in pairs]),
-        weight=np.array([size[g] ** -0.5 for g in group]),
+        weight=shared_votes(group),
     )
 
 
@@ -122,7 +117,7 @@ def slopes(runs: Runs) -> tuple[Any, Any]:
     columns, spreads = [], []
     for k, kind in enumerate(KINDS):
         if kind in BY_DEVICE:
-            owner = runs.column(lambda r: (_device(r), r.run.workload.precision.peak))
+            owner = runs.column(lambda r: (r.device, r.run.workload.precision.peak))
         else:
             owner = runs.column(lambda r: r.run.workload.era.framework)
         for one in np.unique(owner):
@@ -133,12 +128,8 @@ def slopes(runs: Runs) -> tuple[Any, Any]:
 
 
 def refit(error: Any, slope: Any, spread: Any, weight: Any) -> Any:
-    """Logs of the factors that explain the errors best, by reweighted least squares."""
-    log = np.zeros(slope.shape[1])
-    for _ in range(50):
-        w = weight / ROBUST**2 / np.sqrt(1.0 + ((error - slope @ log) / ROBUST) ** 2)
-        log = np.linalg.solve((slope * w[:, None]).T @ slope + np.diag(spread**-2.0), (slope * w[:, None]).T @ error)
-    return log
+    """Logs of the factors that explain the errors best."""
+    return robust_change(-error, slope, weight, scale=ROBUST, spread=spread)
 
 
 def left_out(runs: Runs, key: Any) -> Any:
@@ -182,7 +173,7 @@ def step_sigmas(runs: Runs, found: Any) -> Any:
 
 def regimes(runs: Runs, error: Any, found: Any, some: Any) -> dict[str, model.Regime]:
     """Bias and factor of every regime, from the runs in `some`; a regime without runs takes the widest factor."""
-    sigma, owner = step_sigmas(runs, found), runs.column(lambda r: (r.family, architecture(r)))
+    sigma, owner = step_sigmas(runs, found), runs.column(lambda r: (r.family, architecture(r.run.model)))
     pooled, share = np.abs(error[some]) / sigma[some], DRAWN * runs.weight[some] / runs.weight[some].sum()
     out = {}
     for name in np.unique(runs.regime):
@@ -226,15 +217,13 @@ def inside_left_out(runs: Runs, error: Any, key: Any) -> Any:
 def pairs(runs: Runs) -> tuple[Any, Any]:
     """Runs of one question and the same software under two layouts, places of both, [pairs]."""
     cells = ("source", "precision", "seq_len", "gbs", "num_gpus", "dispatcher", "cuda_graphs", "a2a_overlap")
-    question = runs.column(lambda r: (*architecture(r), len(r.run.model.layers), _device(r), *(r.row[c] for c in cells)))
+    question = runs.column(
+        lambda r: (*architecture(r.run.model), len(r.run.model.layers), r.device, *(r.row[c] for c in cells))
+    )
     software, layout = runs.column(lambda r: r.run.workload.era.name), runs.column(lambda r: r.run.layout)
     first, second = np.triu_indices(len(question), 1)
     same = (question[first] == question[second]) & (software[first] == software[second]) & (layout[first] != layout[second])
     return first[same], second[same]
-
-
-def _device(result: Result) -> str:
-    return result.run.cluster.machine or result.run.cluster.device.name
 
 
 def floor(runs: Runs, found: Any) -> tuple[float, int]:
@@ -292,7 +281,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=CATALOG, help="elsewhere: docs/uncertainty.md stays as it is")
     options = parser.parse_args()
     runs = load(options.runs)
-    by_model, by_source = runs.column(architecture), runs.column(lambda r: r.family)
+    by_model, by_source = runs.column(lambda r: architecture(r.run.model)), runs.column(lambda r: r.family)
     everyone = np.ones(len(runs.error), np.bool_)
     error, other = left_out(runs, by_model), left_out(runs, by_source)
     found = deviations(runs, error, everyone)

@@ -129,6 +129,18 @@ def from_mapping(cls: type[T], data: Any, where: str) -> T:
     return cls(**values)
 
 
+def check_schema(data: Any, schema: str, where: str, what: str, *, version: str, remedy: str) -> Mapping[str, Any]:
+    """The mapping of a file whose 'schema' is the one that is read.
+
+    `what` names the kind of file ("plan"), `version` that of moeplan, `remedy` what to do about another schema.
+    """
+    if not isinstance(data, Mapping) or "schema" not in data:
+        raise SchemaError(f"{where} is not a {what}: it has no 'schema'", hint=f"{what}s begin with 'schema: {schema}'")
+    if data["schema"] != schema:
+        raise SchemaError(f"{where} has schema '{data['schema']}', this moeplan {version} reads '{schema}'", hint=remedy)
+    return data
+
+
 def to_mapping(record: Any) -> dict[str, Any]:
     """Plain data of a dataclass; fields that equal their default are left out."""
     out: dict[str, Any] = {}

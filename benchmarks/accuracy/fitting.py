@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ from benchmarks.accuracy.patching import replaced
 from benchmarks.accuracy.rows import Result
 from moeplan.costmodels.model import Model
 from moeplan.planner.estimate import price_runs, profile_of
+from moeplan.planner.robust import robust_change, shared_votes
 from moeplan.profiles.hardware import Cluster
 from moeplan.profiles.profile import Profile
 from moeplan.records import load_yaml
@@ -91,7 +92,7 @@ def points(results: Sequence[Result], known: Sequence[Mapping[str, float]] = ())
             id=r.priced.id,
             source=r.family,
             model=names[architecture(r.run.model)],
-            device=r.run.cluster.machine or r.run.cluster.device.name,
+            device=r.device,
             precision=r.run.workload.precision.name,
             era=r.run.workload.era.name,
             kind=r.kind,
@@ -155,21 +156,15 @@ def _larger(kind: str, shares: Mapping[str, float]) -> dict[str, float]:
 
 
 def fit(some: Sequence[Point], in_use: Mapping[str, float] | None = None) -> Parameters:
-    """Factors on the shares `in_use` that minimise the objective over `some` points, by reweighted least squares."""
+    """Factors on the shares `in_use` that minimise the objective over `some` points."""
     shares = shares_in_use() if in_use is None else in_use
     names = list(shares)
     # [n], [n, parameters], [n]
     off = errors(some, IN_USE)
     slope = np.array([[p.slopes.get(name, 0.0) for name in names] for p in some]).reshape(len(some), len(names))
-    groups = [(p.source, p.model, p.device, p.precision) for p in some]
-    count = Counter(groups)
-    weights = np.array([count[g] ** -0.5 for g in groups])
+    weights = shared_votes([(p.source, p.model, p.device, p.precision) for p in some])
     prior = np.log([PRIOR / shares[name] for name in names])
-    change = np.zeros(len(names))
-    for _ in range(50):
-        pull = weights / ROBUST**2 / np.sqrt(1.0 + ((off - slope @ change) / ROBUST) ** 2)
-        normal = (slope * pull[:, None]).T @ slope + np.eye(len(names)) / SPREAD**2
-        change = np.linalg.solve(normal, (slope * pull[:, None]).T @ off + prior / SPREAD**2)
+    change = robust_change(-off, slope, weights, scale=ROBUST, spread=np.full(len(names), SPREAD), pull=prior)
     return dict(zip(names, np.exp(change).tolist(), strict=True))
 
 

@@ -105,6 +105,11 @@ class Result:
         return "dense" if self.run.model.moe is None else "MoE"
 
     @property
+    def device(self) -> str:
+        """The device, or the measured machine whose own curves priced it."""
+        return self.run.cluster.machine or self.run.cluster.device.name
+
+    @property
     def regime(self) -> str:
         """Which interval applies."""
         return regime(self.run.model, profile_of(self.run.cluster), self.run.workload)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from moeplan.errors import FileError, MoeplanError, UsageError
+from moeplan.errors import FileError, UsageError
 
 if TYPE_CHECKING:
     from moeplan.costmodels.model import Model
@@ -225,6 +225,6 @@ def progress_bar(label: str) -> Any:
 
 
 __all__ = [
-    "COUNT", "Count", "MoeplanError", "check_writable", "json_option", "load_machine", "make_problem", "print_json",
+    "COUNT", "Count", "check_writable", "json_option", "load_machine", "make_problem", "print_json",
     "problem_options", "progress_bar", "remark",
 ]  # fmt: skip

@@ -72,7 +72,7 @@ def context_exchange(
         return out
     match block:
         case Attention():
-            width: Any = np.maximum(block.kv_heads / layouts.tp, 1.0) * (block.head_dim + block.v_head_dim)
+            width: Any = _key_value_width(block, layouts)
             curve, joined = profile.attention(block.head_dim, block.v_head_dim), block.heads * block.v_head_dim
         case LatentAttention():
             width = block.key_value_size / layouts.tp
@@ -89,16 +89,21 @@ def context_exchange(
     return out
 
 
+def _key_value_width(block: Attention, layouts: Layouts) -> Any:
+    """Key and value elements of a token on a rank; a rank holds at least one head of them."""
+    return np.maximum(block.kv_heads / layouts.tp, 1.0) * (block.head_dim + block.v_head_dim)
+
+
 def _head_exchange_s(block: Attention, profile: Profile, workload: Workload, layouts: Layouts) -> Any:
     """Seconds of an all-to-all of queries, keys and values and one of the output."""
     where = group(profile, layouts.cp, layouts.tp)
-    keys = np.maximum(block.kv_heads / layouts.tp, 1.0) * (block.head_dim + block.v_head_dim)
-    widths = (block.heads * block.head_dim / layouts.tp + keys, block.heads * block.v_head_dim / layouts.tp)
+    before = block.heads * block.head_dim / layouts.tp + _key_value_width(block, layouts)
+    after = block.heads * block.v_head_dim / layouts.tp
+    copies = all_to_all_copies(1.0, where.ranks, where.local)  # every element goes to one rank
     seconds: Any = 0.0
-    for width in widths:
+    for width in (before, after):
         buffer = 2.0 * rank_tokens(workload, layouts) * width
-        far, near = buffer * (1.0 - where.local / where.ranks), buffer * (where.local - 1.0) / where.ranks
-        seconds = seconds + all_to_all_s(profile, far, near, where)
+        seconds = seconds + all_to_all_s(profile, buffer * copies.scale_out, buffer * copies.scale_up, where)
     return profile.exposed * np.where(layouts.cp > 1, seconds, 0.0)
 
 

@@ -42,8 +42,6 @@ class Precision:
     """Weights are kept quantised only (no bf16 copy besides the fp32 master)."""
     both_orientations: bool
     """Quantised weights are kept row-wise and column-wise on every device (block scales do not transpose)."""
-    scales_per_tensor: bool = False
-    """One scale a tensor, so that every expert's input is quantised by kernels of its own."""
     megatron: tuple[str, ...]
     """Megatron's arguments for it."""
     aliases: tuple[str, ...] = ()

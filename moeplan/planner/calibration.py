@@ -27,6 +27,7 @@ import numpy as np
 
 from moeplan.errors import ProblemError
 from moeplan.planner.estimate import PricedRun, price_runs, profile_for_runs
+from moeplan.planner.robust import robust_change, shared_votes
 from moeplan.profiles.origin import CalibratedOn
 from moeplan.profiles.profile import SUSTAINED, Profile
 
@@ -255,13 +256,11 @@ def _usable(profile: Profile, rows: Sequence[Mapping[str, str]]) -> tuple[_Table
     partial = sum(run.status == "partial" for _, run in kept)
     if partial:
         remarks.append(f"{partial} of {len(kept)} rows are priced with remarks, such as defaults for blank cells")
-    sizes = [_near(run) for _, run in kept]
-    count = Counter(sizes)
     return _Table(
         rows=tuple(row for row, _ in kept),
         runs=tuple(run for _, run in kept),
         measured=np.array([_seconds(row) for row, _ in kept]),
-        weights=np.array([count[size] ** -0.5 for size in sizes]),
+        weights=shared_votes([_near(run) for _, run in kept]),
         groups=tuple(_group(run) for _, run in kept),
     ), remarks
 
@@ -296,7 +295,7 @@ class _Fit:
     def __init__(self, profile: Profile, table: _Table, progress: Callable[[int, int], None] | None) -> None:
         self.profile, self.table, self.progress = profile, table, progress
         self.prior = np.array([self._value(name) for name in SPREADS])
-        self.precision = np.array([spread**-2 for spread in SPREADS.values()])
+        self.spread = np.array(list(SPREADS.values()))
         self.noise = NOISE * math.sqrt(1.0 + FEW / len(table.members))
         self.priced, self.to_price = 0, (ROUNDS * (len(SPREADS) + 1) + 2) * len(table.rows)
         self.base = self.predict(np.zeros(len(SPREADS)))
@@ -350,19 +349,15 @@ class _Fit:
         return out
 
     def _step(self, change: Any, slopes: Any, error: Any, weights: Any) -> Any:
-        """The change that minimises the objective where errors are linear around `change`, by reweighted least squares."""
-        delta = np.zeros(len(change))
-        for _ in range(50):
-            left = error + slopes @ delta
-            w = weights / self.noise**2 / np.sqrt(1.0 + (left / self.noise) ** 2)
-            normal = (slopes * w[:, None]).T @ slopes + np.diag(self.precision)
-            delta = np.linalg.solve(normal, -self.precision * change - (slopes * w[:, None]).T @ error)
+        """The change that minimises the objective where errors are linear around `change`."""
+        delta = robust_change(error, slopes, weights, scale=self.noise, spread=self.spread, pull=-change)
         return np.clip(change + delta, -MOST, MOST)
 
     def corrections(self, change: Any, slopes: Any) -> tuple[Correction, ...]:
         """Every factor before and after, and what the rows say about it."""
-        seen = (slopes * (self.table.weights / self.noise**2)[:, None]).T @ slopes + np.diag(self.precision)
-        evidence = 1.0 - np.diag(np.linalg.inv(seen)) * self.precision
+        precision = self.spread**-2.0
+        seen = (slopes * (self.table.weights / self.noise**2)[:, None]).T @ slopes + np.diag(precision)
+        evidence = 1.0 - np.diag(np.linalg.inv(seen)) * precision
         after = self.prior * np.exp(change)
         return tuple(
             Correction(name=name, before=float(b), after=float(a), evidence=float(np.clip(e, 0.0, 1.0)))

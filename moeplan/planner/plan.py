@@ -40,7 +40,7 @@ from moeplan.planner.plan_data import (
     workload_data,
 )
 from moeplan.planner.problem import Problem
-from moeplan.records import dump_yaml, from_mapping, load_yaml, save_text, to_mapping
+from moeplan.records import check_schema, dump_yaml, from_mapping, load_yaml, save_text, to_mapping
 from moeplan.units import GIB, TERA
 
 SCHEMA = "moeplan.plan/1"
@@ -295,13 +295,7 @@ def price_plan(problem: Problem, layout: Layout, *, remarks: Sequence[str] = (),
 def load_plan(path: Path) -> Plan:
     """The plan of a file, priced as the file stands; another schema version and unknown keys are refused."""
     where = f"plan file '{path}'"
-    data = load_yaml(path, "plan file")
-    if not isinstance(data, Mapping) or "schema" not in data:
-        raise SchemaError(f"{where} is not a plan: it has no 'schema'", hint=f"plans begin with 'schema: {SCHEMA}'")
-    if data["schema"] != SCHEMA:
-        raise SchemaError(
-            f"{where} has schema '{data['schema']}', this moeplan {VERSION} reads '{SCHEMA}'", hint="solve it again"
-        )
+    data = check_schema(load_yaml(path, "plan file"), SCHEMA, where, "plan", version=VERSION, remedy="solve it again")
     for key in data:
         if key not in _KEYS:
             close = nearest(str(key), _KEYS, 1)

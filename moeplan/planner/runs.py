@@ -169,7 +169,7 @@ class _Reader:
         source = self.row.get("source", "").lower()
         tuned = re.search(r"mlperf|megatron-bridge|nemo|dgx cloud", source) is not None
         # FSDP reduces in the precision of the forward, but for torchtitan's.
-        sharded = self._sharding() == "fsdp" and "torchtitan" not in source
+        sharded = self._sharding()[0] == "fsdp" and "torchtitan" not in source
         gradient = 2 if (tuned or sharded) and "FP32" not in self.notes else 4
         moments = 2 if re.search(r"adam_moments=bfloat16|BF16 Adam moments", self.notes) else 4
         padded = "rank_capacity_factor" in self.other
@@ -196,7 +196,7 @@ class _Reader:
     def _layout(self, model: Model, cluster: Cluster, workload: Workload) -> Layout:
         if not self.row.get("dp_type") and "fsdp=" not in self.other:
             self._assume("dp_type", "dist-opt")
-        sharding = self._noted((self._sharding(), cells.sharding(self.row.get("dp_type") or "dist-opt")[1]))
+        sharding = self._noted(self._sharding())
         degree = 1 if sharding == "fsdp" else None
         tp, pp = self._integer("tp", degree), self._integer("pp", degree)
         cp = self._integer("cp", 1)
@@ -223,8 +223,10 @@ class _Reader:
             stages=split,
         )  # fmt: skip
 
-    def _sharding(self) -> str:
-        return "fsdp" if "fsdp=" in self.other else cells.sharding(self.row.get("dp_type") or "dist-opt")[0]
+    def _sharding(self) -> tuple[str, str]:
+        """What data parallelism shards, and a remark."""
+        kind, remark = cells.sharding(self.row.get("dp_type") or "dist-opt")
+        return "fsdp" if "fsdp=" in self.other else kind, remark
 
     def _expert_degrees(self, model: Model, tp: int, default: int | None) -> tuple[int, int]:
         if model.moe is None:

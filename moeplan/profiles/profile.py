@@ -237,7 +237,6 @@ class _Builder:
             memory=self.device.memory_bytes_per_s / there.device.memory_bytes_per_s,
             scale_up=ratio(self.cluster.scale_up, there.scale_up),
             scale_out=self.cluster.scale_out_bytes_per_s_per_gpu / there.scale_out_bytes_per_s_per_gpu,
-            peaks=there.device.peak_flop_per_s,
             measured=name == own,
         )
 

@@ -28,7 +28,7 @@ from moeplan.profiles.curves import (
 from moeplan.profiles.hardware import Cluster, Link, load_cluster, named_cluster
 from moeplan.profiles.origin import CalibratedOn, Origin
 from moeplan.profiles.profile import Profile, nominal
-from moeplan.records import dump_yaml, from_mapping, load_yaml, sha256_of, to_mapping
+from moeplan.records import check_schema, dump_yaml, from_mapping, load_yaml, sha256_of, to_mapping
 from moeplan.units import GB
 
 SCHEMA = "moeplan.profile/1"
@@ -99,14 +99,8 @@ def profile_text(profile: Profile) -> str:
 def load_profile(path: Path) -> Profile:
     """The profile of a file; another schema version, unknown keys and curves that are missing are refused."""
     where = f"profile '{path}'"
-    data = load_yaml(path, "profile")
-    if not isinstance(data, Mapping) or "schema" not in data:
-        raise SchemaError(f"{where} is not a profile: it has no 'schema'", hint=f"profiles begin with 'schema: {SCHEMA}'")
-    if data["schema"] != SCHEMA:
-        raise SchemaError(
-            f"{where} has schema '{data['schema']}', this moeplan {VERSION} reads '{SCHEMA}'",
-            hint="write it anew with `moeplan calibrate`",
-        )
+    remedy = "write it anew with `moeplan calibrate`"
+    data = check_schema(load_yaml(path, "profile"), SCHEMA, where, "profile", version=VERSION, remedy=remedy)
     try:
         contents = from_mapping(_Contents, data, where)
         _check_curves(contents, where)

@@ -6,7 +6,6 @@ measured GEMM rates (else by peaks), memory by bandwidth, links by their raw rat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +28,6 @@ class Source:
     memory: float
     scale_up: float
     scale_out: float
-    peaks: Mapping[str, float]
     measured: bool
 
 
