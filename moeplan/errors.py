@@ -9,6 +9,7 @@
     ├── ClusterError             a cluster that cannot exist
     ├── ProblemError             model, cluster and workload that do not go together
     ├── LayoutError              a layout that breaks an identity or a rule of the framework
+    ├── ScheduleError            a schedule that cannot run: a task that waits for itself, a duration below 0
     └── ExportError              a plan that the target framework cannot run
 
 A message names the object, the place and both numbers; `hint` says what to try.
@@ -71,6 +72,10 @@ class ProblemError(MoeplanError):
 
 class LayoutError(MoeplanError):
     """A layout that breaks an identity or a rule of the framework."""
+
+
+class ScheduleError(MoeplanError):
+    """A schedule that cannot run: a task that waits for itself, a duration below 0, chunks that do not divide."""
 
 
 class ExportError(MoeplanError):

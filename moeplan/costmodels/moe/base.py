@@ -7,10 +7,18 @@ divide. Units: bytes, FLOP, seconds; numbers or arrays. Not valid for unbalanced
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
+
+from moeplan.costmodels.tasks import Graph
+
+Direction: TypeAlias = Literal["forward", "backward"]
+Parts: TypeAlias = Mapping[str, Any]
+"""Seconds of one task by its kind; numbers or arrays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,3 +62,59 @@ class MoeSize:
 def expert_line(gemm: AlphaBeta, gemms: Any) -> AlphaBeta:
     """Time of an expert of `gemms` equal GEMMs, over the FLOP of all of them: only the start-up is paid again."""
     return AlphaBeta(startup_s=gemms * gemm.startup_s, unit_s=gemm.unit_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lines:
+    """Fitted times of the operations of a layer, forward; over bytes of the whole buffer, experts over FLOP."""
+
+    exchange: AlphaBeta
+    """All-to-all among the ep_ranks."""
+    fused_exchange: AlphaBeta
+    """All-to-all among all ranks (S1, S2): a fit of its own, as its start-up is longer."""
+    gather: AlphaBeta
+    """All-gather among the esp_ranks, over the gathered size."""
+    scatter: AlphaBeta
+    """Reduce-scatter among the esp_ranks, over the size before it."""
+    reduce: AlphaBeta
+    """All-reduce among the esp_ranks."""
+    mp_gather: AlphaBeta
+    """All-gather among the mp_ranks, over the gathered size."""
+    experts: AlphaBeta
+    """All GEMMs of an expert, forward; both gradients take alpha and beta twice."""
+
+
+class LayerSchedule(ABC):
+    """A way to run one MoE layer: what it moves, its tasks, and how long they take together.
+
+    Kinds of tasks: D dispatch and C combine (all-to-all), G gather and S reduce-scatter among ESP, A all-reduce among ESP, E
+    experts, M gather among the tensor-parallel ranks, R gradient all-reduce. Backward has the same shape with conjugate
+    collectives of the same size and twice the expert FLOP.
+    """
+
+    name: ClassVar[str]
+    """Word for options and files: "fsmoe"."""
+    title: ClassVar[str]
+    """What it does, in a line."""
+    source: ClassVar[str]
+    """Paper or code."""
+    runs_on: ClassVar[tuple[str, ...]] = ()
+    """Export targets that can execute it; empty: none."""
+    chunked: ClassVar[bool] = False
+    """Whether the number of chunks is a choice."""
+
+    @abstractmethod
+    def amounts(self, size: MoeSize, direction: Direction) -> Parts:
+        """Bytes (E: FLOP) of one rank in one direction by kind, all chunks together: of each D, each C, and so on."""
+
+    @abstractmethod
+    def parts(self, size: MoeSize, lines: Lines, degree: Any, direction: Direction) -> Parts:
+        """Seconds of one task by kind at `degree` chunks; a group of one rank takes no time."""
+
+    @abstractmethod
+    def graph(self, degree: int, size: MoeSize) -> Graph:
+        """Tasks of one direction in `degree` chunks, on the resources compute, intra and inter."""
+
+    @abstractmethod
+    def seconds(self, degree: Any, parts: Parts, size: MoeSize) -> Any:
+        """Closed form: the makespan of the graph with these durations; `parts` may hold "R", which is 0 otherwise."""
