@@ -4,12 +4,13 @@
 # make bench  speed figures        make docs  regenerate the generated pages
 # make spread  fit the error bars to published runs, write them and the tables of docs/uncertainty.md
 # make accuracy  compare with published runs, write docs/accuracy.md, fail below a threshold
+# make schedules  schedules of an MoE layer beside their papers, write docs/schedules.md
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench spread accuracy docs clean
+.PHONY: demo test check bench spread accuracy schedules docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
@@ -42,13 +43,19 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN)/python -m benchmarks.speed.pricing
+	$(RUN)/python -m benchmarks.speed.schedules
+	$(RUN)/python -m benchmarks.speed.simulation
 	$(RUN)/python -m benchmarks.speed.commands
+	$(RUN)/python -m benchmarks.speed.gradients
 
 spread: $(STAMP)
 	$(RUN)/python -m benchmarks.fit_spread
 
 accuracy: $(STAMP)
 	$(RUN)/python -m benchmarks.accuracy
+
+schedules: $(STAMP)
+	$(RUN)/python -m benchmarks.schedules
 
 docs: $(STAMP)
 	$(RUN)/python docs/generate.py

@@ -133,7 +133,9 @@ def layouts_of(draw: st.DrawFn, model: Model, world: int = 16, **fixed: Any) -> 
         "stages": draw(st.sampled_from(["", balanced_split(model, 256, pp * vpp)]), label="stages"),
         "micro_batch": power("micro_batch", 4),
     }
-    values |= {name: draw(st.booleans(), label=name) for name in ("ep_overlap", "tp_overlap", "dp_overlap")}
+    values |= {name: draw(st.booleans(), label=name) for name in ("ep_overlap", "shared_overlap", "tp_overlap", "dp_overlap")}
+    if has_experts:
+        values["moe_schedule"] = draw(st.sampled_from(["", "", "s1", "fsmoe 2/4", "tutel 4/1", "best"]), label="moe_schedule")
     degrees = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp}
     rest = {"dp": stage // (tp * cp), "edp": stage // (etp * ep)} if has_experts else {"dp": stage // (tp * cp), "edp": stage}
     return Layout(**values | fixed | degrees | rest)
@@ -162,7 +164,7 @@ def neighbours_of(draw: st.DrawFn, model: Model) -> list[Layout]:
     if base.pp > 1:
         rows += [dataclasses.replace(base, vpp=vpp, stages="") for vpp in (1, 2, 3) if vpp != base.vpp]
     rows.append(dataclasses.replace(base, stages=balanced_split(model, 256, base.pp * base.vpp) if not base.stages else ""))
-    for name in ("sequence_parallel", "ep_overlap", "tp_overlap", "dp_overlap"):
+    for name in ("sequence_parallel", "ep_overlap", "shared_overlap", "tp_overlap", "dp_overlap"):
         rows.append(dataclasses.replace(base, **{name: not getattr(base, name)}))
     rows += [dataclasses.replace(base, **{name: value}) for name, value in _OTHERS.items() if model.moe or name != "dispatcher"]
     # One offload makes every row its own, so that most sets are without.

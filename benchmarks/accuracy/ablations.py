@@ -105,7 +105,9 @@ ABLATIONS = (
     ),
     Ablation(name="LM head and loss", switch=_function("_head", step._head, _free_head)),
     Ablation(name="recompute", cells={"recompute": "none"}),
-    Ablation(name="expert all-to-all", switch=_function("expert_exchange", exchange.expert_exchange, _no_times)),
+    Ablation(
+        name="expert all-to-all", switch=_function("exposed_expert_exchange_s", exchange.exposed_expert_exchange_s, _nothing)
+    ),
     Ablation(
         name="de-duplication of dispatched tokens",
         switch=_function("deduplicated_copies", routing.deduplicated_copies, _every_copy),

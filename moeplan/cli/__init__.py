@@ -21,6 +21,8 @@ COMMANDS = {
     "solve": "Find the best layouts of a model on a cluster.",
     "estimate": "Price a given layout, or a table of training runs.",
     "explain": "Show what a plan's time and memory go to, and what its neighbours cost.",
+    "schedule": "Compare the schedules of one MoE layer.",
+    "simulate": "Run one step of a plan as a timeline of all stages and micro-batches.",
     "export": "Write launch files for a plan.",
     "calibrate": "Correct the profile of a machine by runs that were measured on it.",
     "catalog": "List models, devices and clusters with the sources of their numbers.",

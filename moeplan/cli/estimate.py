@@ -32,6 +32,8 @@ _LAYOUT = [
     click.option("--dispatcher", type=click.Choice(["allgather", "alltoall", "deepep", "hybridep"]), default="alltoall",
                  show_default=True),
     click.option("--ep-overlap", is_flag=True, help="Hide expert all-to-all behind another micro-batch."),
+    click.option("--shared-overlap", is_flag=True, help="Run shared experts beside dispatch and combine."),
+    click.option("--moe-schedule", default="", metavar="TEXT", help="'fsmoe 2/4', s1, best; needs --target research."),
     click.option("--tp-overlap", is_flag=True, help="Overlap tensor-parallel exchange with its GEMMs."),
     click.option("--no-dp-overlap", is_flag=True, help="Do not overlap gradient reduction and parameter gather."),
     click.option("--cuda-graphs", default="none", show_default=True, help="Scopes joined by +, full_iteration, or none."),
@@ -119,7 +121,8 @@ def _from_options(options: dict[str, Any], *, dispatcher_given: bool) -> Any:
 
     names = [p.name for p in estimate.params if isinstance(p, click.Option)]
     layout_names = {"tp", "cp", "pp", "vpp", "ep", "etp", "micro_batch", "sharding", "recompute", "dispatcher", "ep_overlap",
-                    "tp_overlap", "no_dp_overlap", "cuda_graphs", "optimizer_offload", "stages"}  # fmt: skip
+                    "shared_overlap", "moe_schedule", "tp_overlap", "no_dp_overlap", "cuda_graphs", "optimizer_offload",
+                    "stages"}  # fmt: skip
     chosen = {n: options[n] for n in names if n in layout_names}
     problem = make_problem(**{n: v for n, v in options.items() if n not in layout_names})
     if dispatcher_given and problem.model.moe is None:
@@ -140,6 +143,8 @@ def _from_options(options: dict[str, Any], *, dispatcher_given: bool) -> Any:
         recompute=_names(chosen["recompute"]),
         dispatcher=chosen["dispatcher"] if problem.model.moe is not None else "none",
         ep_overlap=chosen["ep_overlap"],
+        shared_overlap=chosen["shared_overlap"],
+        moe_schedule=chosen["moe_schedule"],
         tp_overlap=chosen["tp_overlap"],
         dp_overlap=not chosen["no_dp_overlap"],
         cuda_graphs=_names(chosen["cuda_graphs"]),

@@ -12,6 +12,7 @@ from moeplan.cli.options import json_option, print_json, remark
 if TYPE_CHECKING:
     from moeplan.planner.explain import Binding, Neighbour
     from moeplan.planner.plan import Plan
+    from moeplan.planner.schedules import Alternative
 
 
 @click.command()
@@ -29,7 +30,10 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
     For each degree the next value up and down is shown at its best, or with the rule or the memory that forbids it.
     """
     from moeplan.planner.explain import bindings, neighbours
+    from moeplan.planner.gradient_windows import gradient_windows
     from moeplan.planner.plan import load_plan
+    from moeplan.planner.schedules import alternatives
+    from moeplan.records import to_mapping
 
     plan = load_plan(plan_file)
     other = load_plan(against) if against is not None else None
@@ -38,16 +42,20 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
     if other is not None:
         return _side_by_side(plan, other, as_json)
     limits, around = bindings(plan), neighbours(plan)
+    schedules = alternatives(plan.problem, plan.layout)
+    windows = gradient_windows(plan.problem, plan.layout, plan.stage_s)
     if as_json:
-        print_json(_data(plan, limits, around))
+        print_json(_data(plan, limits, around, schedules) | {"gradients": to_mapping(windows) if windows else None})
         return 0
     from moeplan.cli.render import (
         bindings_table,
         certificate_lines,
         console,
+        gradient_line,
         memory_table,
         neighbours_table,
         plan_summary,
+        schedules_table,
         tie_lines,
         time_bars,
     )  # fmt: skip
@@ -55,9 +63,14 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
     out = console()
     for line in plan_summary(plan):
         out.print(line)
-    for block in (time_bars(plan.time), memory_table(plan), bindings_table(limits), neighbours_table(plan, around)):
+    blocks = [time_bars(plan.time), memory_table(plan), bindings_table(limits), neighbours_table(plan, around)]
+    if schedules:
+        blocks.append(schedules_table(plan, schedules))
+    for block in blocks:
         out.print()
         out.print(block)
+    if windows is not None:
+        out.print(gradient_line(windows, plan))
     if plan.certificate is not None:
         out.print()
         c = plan.certificate
@@ -68,8 +81,8 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
     return 0
 
 
-def _data(plan: Plan, limits: list[Binding], around: list[Neighbour]) -> dict[str, Any]:
-    """The plan as plain data, with what binds and what is one step away."""
+def _data(plan: Plan, limits: list[Binding], around: list[Neighbour], schedules: list[Alternative]) -> dict[str, Any]:
+    """The plan as plain data, with what binds, what is one step away, and its MoE layers under every schedule."""
     data = plan.to_data()
     data["binds"] = [{"what": b.what, "share": b.share, "detail": b.detail} for b in limits]
     data["neighbours"] = [
@@ -83,6 +96,17 @@ def _data(plan: Plan, limits: list[Binding], around: list[Neighbour]) -> dict[st
             "tie": n.tie,
         }
         for n in around
+    ]
+    data["moe_schedules"] = [
+        {
+            "name": a.name,
+            "runs_on": list(a.runs_on),
+            "exposed_exchange_s": a.exposed_s,
+            "step_s": a.step_s,
+            "broken": a.broken,
+            "chosen": a.chosen,
+        }
+        for a in schedules
     ]
     return data
 

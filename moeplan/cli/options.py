@@ -81,6 +81,13 @@ _PROBLEM = [
     ),
     click.option("--no-mtp", is_flag=True, help="Train without the model's multi-token-prediction layers."),
     click.option("--memory-limit", metavar="SIZE", help="Device memory that a plan may use, like 70GiB; default: all of it."),
+    click.option(
+        "--target",
+        type=click.Choice(["megatron", "research"]),
+        default="megatron",
+        show_default=True,
+        help="What the plan is to run on; research: with every published schedule of MoE layers, for comparison.",
+    ),  # fmt: skip
     click.option("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="Price of one GPU for an hour."),
 ]
 
@@ -130,6 +137,7 @@ def make_problem(
     memory_limit: str | None,
     price_per_gpu_hour: float,
     profile_file: Path | None = None,
+    target: str = "megatron",
     pins: tuple[str, ...] = (),
     forbidden: tuple[str, ...] = (),
     **how: Any,
@@ -165,6 +173,7 @@ def make_problem(
         pins=tuple(parse_condition(p) for p in pins),
         forbidden=tuple(parse_condition(p) for p in forbidden),
         memory_limit_bytes=_limit_bytes(memory_limit, profile.cluster.device),
+        target=target,
     )
 
 

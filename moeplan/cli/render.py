@@ -18,7 +18,9 @@ from rich.text import Text
 
 from moeplan.costmodels.breakdown import Breakdown
 from moeplan.planner.explain import Binding, Neighbour
+from moeplan.planner.gradient_windows import GradientWindows
 from moeplan.planner.plan import Plan, StageMemory
+from moeplan.planner.schedules import Alternative, layer_groups
 from moeplan.planner.solve import Solution, cost_per_trillion_tokens
 from moeplan.planner.ties import Comparison
 from moeplan.units import GIB, TERA, format_bytes, format_count, format_seconds
@@ -114,6 +116,8 @@ def dispatch_text(plan: Plan) -> str:
     """Dispatcher and overlap."""
     x = plan.layout
     name = "-" if x.dispatcher == "none" else x.dispatcher
+    if x.moe_schedule:
+        return f"{name}, {x.moe_schedule}"
     return f"{name}, overlap" if x.ep_overlap else "TP overlap" if x.tp_overlap else name
 
 
@@ -275,6 +279,39 @@ def neighbours_table(plan: Plan, neighbours: list[Neighbour]) -> Table:
         against = f"{share:+.1%}, tie (sigma {n.sigma:.1%})" if n.tie else f"{share:+.1%}"
         table.add_row(change, format_seconds(n.step_s), Text(against, style=style), how)
     return table
+
+
+def schedules_table(plan: Plan, schedules: list[Alternative]) -> Table:
+    """The plan under every schedule of its MoE layers."""
+    groups = ", ".join(f"layers {g.layers}" for g in layer_groups(plan.problem, plan.layout))
+    table = Table(
+        title=f"MoE schedules, all else equal ({groups})",
+        title_justify="left", box=None, pad_edge=False, header_style="dim",
+    )  # fmt: skip
+    for name in ("schedule", "exposed exchange", "step", "against this plan", "against plain", "runs on"):
+        table.add_column(name, justify="left" if name in ("schedule", "runs on") else "right", overflow="fold")
+    for a in schedules:
+        where = ", ".join(a.runs_on) or "research"
+        if a.chosen:
+            where = f"{where}: this plan"
+        elif a.broken:
+            where = f"{where}, not here: {a.broken}"
+        shares = [round(a.step_s / other - 1, 6) + 0.0 for other in (plan.step_s, schedules[0].step_s)]
+        exposed = f"{format_seconds(a.exposed_s)} a layer"
+        against = [Text(f"{share:+.1%}", style="green" if share < -0.0005 else "") for share in shares]
+        table.add_row(a.name, exposed, format_seconds(a.step_s), *against, where, style="bold" if a.chosen else None)
+    return table
+
+
+def gradient_line(found: GradientWindows, plan: Plan) -> Text:
+    """What partitioning the gradients would bring, in a line."""
+    now = format_seconds(float(plan.time.parts.get("data-parallel exchange", 0.0)))
+    whole, greedy, best = (format_seconds(s) for s in (found.alone_s, found.greedy_s, found.exposed_s))
+    return Text(
+        f"gradients: {whole} of reduction on stage {found.stage}; cut into the windows of its last backward (FSMoE, research) "
+        f"{best} stays exposed, {greedy} if cut greedily; this plan has {now} of data-parallel exchange",
+        style="dim",
+    )
 
 
 def difference_table(first: Plan, second: Plan, rows: list[tuple[str, float, float]]) -> Table:

@@ -107,17 +107,22 @@ def _head_exchange_s(block: Attention, profile: Profile, workload: Workload, lay
     return profile.exposed * np.where(layouts.cp > 1, seconds, 0.0)
 
 
-def expert_exchange(block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:
-    """Exposed dispatch and combine of routed experts; the same bytes go back in the backward pass."""
-    out = PassTimes()
+def exposed_expert_exchange_s(block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> Any:
+    """Exposed seconds of dispatch and combine of routed experts in each direction, without a schedule of their own."""
     full = expert_exchange_s(block, model, profile, workload, layouts)
-    exposed = profile.exposed * np.where(layouts.ep_overlap, OVERLAP.expert_exposed, 1.0) * full
-    out.add("expert all-to-all", exposed, exposed)
-    return out
+    return profile.exposed * np.where(layouts.ep_overlap, OVERLAP.expert_exposed, 1.0) * full
 
 
 def expert_exchange_s(block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> Any:
     """Seconds of one dispatch and one combine without any overlap."""
+    exchange, gather, scatter = expert_exchange_parts(block, model, profile, workload, layouts)
+    return exchange + gather + scatter
+
+
+def expert_exchange_parts(
+    block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts
+) -> tuple[Any, Any, Any]:
+    """Seconds of a dispatch and a combine among ep, of the gather of the rows among etp, and of the scatter of their sums."""
     tokens = rank_tokens(workload, layouts) / shard(layouts)
     inner, topk = block.latent or model.hidden, block.active_experts
     token_bytes = 2.0 * tokens * inner * workload.imbalance
@@ -136,6 +141,9 @@ def expert_exchange_s(block: Moe, model: Model, profile: Profile, workload: Work
     # Experts cut over etp ranks gather the rows of all of them, and scatter their sums.
     rows = 2.0 * tokens * topk * inner * layouts.etp * workload.imbalance
     lanes = group(profile, layouts.etp, 1)
-    sharded = all_gather_s(profile, rows, lanes) + reduce_scatter_s(profile, rows, lanes)
-    seconds = seconds * (gathers | (layouts.ep > 1)) + np.where(gathers, 0.0, sharded) * (layouts.etp > 1)
-    return seconds * (layouts.ep * layouts.etp > 1)
+    shared = ~gathers & (layouts.etp > 1)
+    return (
+        seconds * ((gathers | (layouts.ep > 1)) & (layouts.ep * layouts.etp > 1)),
+        all_gather_s(profile, rows, lanes) * shared,
+        reduce_scatter_s(profile, rows, lanes) * shared,
+    )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.activations import rank_tokens, routed_rows, shard
+from moeplan.costmodels.constants import HOST
 from moeplan.costmodels.counts import Shard, Weight, attention_flops_per_token, block_weights, scan_channels
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.model import Attention, Block, LatentAttention, LinearAttention, Mamba, Mlp, Model, Moe
@@ -57,6 +58,11 @@ class PassTimes:
         """Add all parts of `other`."""
         for name in other.forward:
             self.add(name, other.forward[name], other.backward[name])
+
+
+def visible_host_s(device_s: Any, host_s: Any) -> Any:
+    """Seconds by which the host's launches lengthen a pass that takes the device `device_s`."""
+    return (device_s**HOST.sharpness + host_s**HOST.sharpness) ** (1.0 / HOST.sharpness) - device_s
 
 
 def dense_times(block: Block, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:

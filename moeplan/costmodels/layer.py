@@ -17,16 +17,19 @@ import numpy as np
 from moeplan.costmodels.activations import rank_tokens, separate_norm, shard
 from moeplan.costmodels.constants import HOST
 from moeplan.costmodels.counts import block_weights
-from moeplan.costmodels.exchange import context_exchange, expert_exchange, tensor_exchange
-from moeplan.costmodels.kernels import PassTimes, dense_gemm_s, dense_times, routed_times
+from moeplan.costmodels.exchange import context_exchange, exposed_expert_exchange_s, tensor_exchange
+from moeplan.costmodels.kernels import PassTimes, dense_gemm_s, dense_times, routed_times, visible_host_s
 from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layouts, mask_of
 from moeplan.costmodels.model import Attention, Block, LatentAttention, Layer, Mlp, Model, Moe
+from moeplan.costmodels.scheduled import RoutedLayer, exposed, shared_gain_s
 from moeplan.costmodels.workload import Workload
 from moeplan.profiles.profile import Profile
 
 DENSE_FIELDS = ("tp", "cp", "micro_batch", "sequence_parallel", "recompute", "tp_overlap", "cuda_graphs")
 """What the dense part of a layer depends on."""
-ROUTED_FIELDS = ("cp", "micro_batch", "ep", "etp", "recompute", "dispatcher", "ep_overlap", "cuda_graphs")
+ROUTED_FIELDS = (
+    "cp", "micro_batch", "ep", "etp", "recompute", "dispatcher", "ep_overlap", "shared_overlap", "schedule", "cuda_graphs",
+)  # fmt: skip
 """What routed experts depend on in folded layouts."""
 
 
@@ -38,7 +41,9 @@ class _Share:
     again: Any
     """Forward seconds that the backward repeats."""
     launches: Any
-    """Kernels that the host launches in the forward."""
+    """Kernels that the host launches in the forward, in one chunk."""
+    chunks: tuple[Any, Any] = (1.0, 1.0)
+    """Chunks of forward and backward, each with all the launches."""
 
 
 _INSIDE_EXPERTS = mask_of(["moe_act", "moe", "full"], RECOMPUTE_MODULES)
@@ -71,19 +76,34 @@ def without_experts(layouts: Layouts) -> Layouts:
 
 def dense_part(layer: Layer, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> dict[str, Any]:
     """Everything of `layer` but its routed experts, by part."""
-    parts: dict[str, Any] = {}
-    for block in layer.blocks:
-        _add(parts, _dense_share(block, model, profile, workload, layouts), profile, workload, layouts)
-    return parts
+    return both_passes(dense_passes(layer, model, profile, workload, layouts))
 
 
 def routed_part(layer: Layer, model: Model, profile: Profile, workload: Workload, folded: Layouts) -> dict[str, Any]:
     """Routed experts of `layer` under folded layouts, by part; empty for a dense layer."""
-    parts: dict[str, Any] = {}
+    return both_passes(routed_passes(layer, model, profile, workload, folded))
+
+
+def dense_passes(layer: Layer, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:
+    """Everything of `layer` but its routed experts, forward and backward apart."""
+    out = PassTimes()
+    for block in layer.blocks:
+        out.merge(_passes(_dense_share(block, model, profile, workload, layouts), profile, workload, layouts))
+    return out
+
+
+def routed_passes(layer: Layer, model: Model, profile: Profile, workload: Workload, folded: Layouts) -> PassTimes:
+    """Routed experts of `layer` under folded layouts, forward and backward apart; empty for a dense layer."""
+    out = PassTimes()
     for block in layer.blocks:
         if isinstance(block, Moe):
-            _add(parts, _routed_share(block, model, profile, workload, folded), profile, workload, folded)
-    return parts
+            out.merge(_passes(_routed_share(block, model, profile, workload, folded), profile, workload, folded))
+    return out
+
+
+def both_passes(passes: PassTimes) -> dict[str, Any]:
+    """Forward plus backward, by part."""
+    return {name: seconds + passes.backward[name] for name, seconds in passes.forward.items()}
 
 
 def layer_time(layer: Layer, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> dict[str, Any]:
@@ -94,21 +114,23 @@ def layer_time(layer: Layer, model: Model, profile: Profile, workload: Workload,
     return parts
 
 
-def _add(parts: dict[str, Any], share: _Share, profile: Profile, workload: Workload, layouts: Layouts) -> None:
-    """Add a share: its own parts, what it recomputes, and the launches that its device time does not hide."""
+def _passes(share: _Share, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:
+    """The passes of a share: its own parts, what the backward recomputes, and the launches that device time does not hide."""
     full = layouts.recomputes("full")
     forward, backward = sum(share.times.forward.values()), sum(share.times.backward.values())
     again = np.where(full, forward, share.again)
-    host = share.launches * workload.era.host_s_per_kernel[profile.cluster.device.host] * profile.host
-    visible = _visible_host(forward, host) + _visible_host(backward + again, (HOST.backward + np.where(full, 1.0, 0.0)) * host)
-    own = {name: share.times.forward[name] + share.times.backward[name] for name in share.times.forward}
-    for name, seconds in {**own, "recompute": again, "host launches": visible}.items():
-        parts[name] = parts.get(name, 0.0) + seconds
-
-
-def _visible_host(device: Any, host: Any) -> Any:
-    """Seconds by which launching lengthens a pass."""
-    return (device**HOST.sharpness + host**HOST.sharpness) ** (1.0 / HOST.sharpness) - device
+    host = share.launches * launch_s(profile, workload)
+    there, back = share.chunks
+    repeated = np.where(full, there, 0.0)
+    out = PassTimes()
+    out.merge(share.times)
+    out.add("recompute", 0.0, again)
+    out.add(
+        "host launches",
+        visible_host_s(forward, there * host),
+        visible_host_s(backward + again, (HOST.backward * back + repeated) * host),
+    )
+    return out
 
 
 def _dense_share(block: Block, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> _Share:
@@ -137,16 +159,36 @@ def _dense_share(block: Block, model: Model, profile: Profile, workload: Workloa
 def _routed_share(block: Moe, model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> _Share:
     """Routed experts: router, dispatch, expert products, combine."""
     times = routed_times(block, model, profile, workload, layouts)
-    times.merge(expert_exchange(block, model, profile, workload, layouts))
+    question = RoutedLayer(block, model, profile, workload, layouts)
+    launches = routed_launches(block, workload, layouts)
+    there = back = exposed_expert_exchange_s(block, model, profile, workload, layouts)
+    chunks: tuple[Any, Any] = (1.0, 1.0)
+    if layouts.shared_overlap.any() and block.shared_width:
+        gains = shared_gain_s(question)
+        there, back = (there - np.where(layouts.shared_overlap, gain, 0.0) for gain in gains)
+    if any(layouts.schedules):
+        left = exposed(question, there, back, launches * launch_s(profile, workload))
+        there, back, chunks = left.forward_s, left.backward_s, (left.forward_chunks, left.backward_chunks)
+    times.add("expert all-to-all", there, back)
     activation = np.where(layouts.recomputes("moe_act"), times.forward["expert activation"], 0.0)
     again = np.where(layouts.recomputes("moe"), sum(times.forward.values()), activation)
+    return _Share(times, again, launches, chunks)
+
+
+def launch_s(profile: Profile, workload: Workload) -> float:
+    """Seconds in which the host launches a kernel."""
+    return workload.era.host_s_per_kernel[profile.cluster.device.host] * profile.host
+
+
+def routed_launches(block: Moe, workload: Workload, layouts: Layouts) -> Any:
+    """Kernels that the host launches in the forward of routed experts, CUDA graphs taken off, [n]."""
     fused = layouts.dispatches_with("deepep", "hybridep")
     base = np.where(fused, HOST.moe_fused, HOST.moe) * np.where(layouts.graphs("moe_router"), HOST.graphed_router, 1.0)
     factor = HOST.quantized_expert_factor if workload.precision.gemm != "bf16" else 1.0
     each = HOST.per_expert * factor + (HOST.per_expert_bias if block.bias else 0.0)
     launches = base + each * block.experts / layouts.ep
     launches = launches * np.where(layouts.ep_overlap, HOST.overlapped, 1.0)
-    return _Share(times, again, np.where(layouts.graphs("full_iteration"), 0.0, launches))
+    return np.where(layouts.graphs("full_iteration"), 0.0, launches)
 
 
 def _dense_launches(block: Block, layouts: Layouts) -> Any:

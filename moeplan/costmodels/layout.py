@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.costmodels.moe_choice import parse_choices
 from moeplan.errors import LayoutError
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -71,6 +72,10 @@ class Layout:
     """How tokens reach their experts."""
     ep_overlap: bool = False
     """Expert all-to-all of one micro-batch hidden behind the compute of another (1F1B overlap)."""
+    shared_overlap: bool = False
+    """Shared experts computed beside dispatch and combine, on a stream of their own."""
+    moe_schedule: str = ""
+    """Schedule of the MoE layers, see `moe_choice.py`; empty: what dispatcher and overlaps say, all that Megatron runs."""
     tp_overlap: bool = False
     """Tensor-parallel gathers and scatters pipelined with their GEMMs."""
     dp_overlap: bool = True
@@ -102,6 +107,7 @@ class Layout:
         _known("sharding", (self.sharding,), SHARDINGS)
         if not 0.0 <= self.optimizer_offload <= 1.0:
             raise LayoutError(f"optimizer_offload={self.optimizer_offload} must lie between 0 and 1")
+        parse_choices(self.moe_schedule)
         for name, known in (("recompute", RECOMPUTE_MODULES), ("cuda_graphs", GRAPH_SCOPES)):
             names = getattr(self, name)
             object.__setattr__(self, name, names_of(mask_of(names, known), known))
@@ -154,6 +160,7 @@ class Layouts:
     dispatcher: Ints
     """Places in `DISPATCHERS`."""
     ep_overlap: Bools
+    shared_overlap: Bools
     tp_overlap: Bools
     dp_overlap: Bools
     cuda_graphs: Ints
@@ -163,6 +170,10 @@ class Layouts:
     """Explicit splits, see `Layout.stages`; `split` says which one a row uses."""
     split: Ints = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
     """Places in `stages`."""
+    schedules: tuple[str, ...] = ("",)
+    """Schedules of MoE layers, see `Layout.moe_schedule`; `schedule` says which one a row uses."""
+    schedule: Ints = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
+    """Places in `schedules`."""
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -186,8 +197,8 @@ class Layouts:
 
     def take(self, rows: Any) -> Layouts:
         """The layouts at the given places (indices, mask or slice)."""
-        columns = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self) if f.name != "stages"}
-        return Layouts(**columns, stages=self.stages)
+        columns = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self) if f.name not in _TEXTS}
+        return Layouts(**columns, stages=self.stages, schedules=self.schedules)
 
     def with_columns(self, **columns: Any) -> Layouts:
         """The same layouts with some columns replaced."""
@@ -201,31 +212,38 @@ class Layouts:
         """The layout at place `i`, with names again."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(Layout):
-            if field.name != "stages":
+            if field.name not in ("stages", "moe_schedule"):
                 values[field.name] = getattr(self, field.name)[i].item()
         values["sharding"] = SHARDINGS[values["sharding"]]
         values["dispatcher"] = DISPATCHERS[values["dispatcher"]]
         values["recompute"] = names_of(values["recompute"], RECOMPUTE_MODULES)
         values["cuda_graphs"] = names_of(values["cuda_graphs"], GRAPH_SCOPES)
+        values["moe_schedule"] = self.schedules[int(self.schedule[i])]
         return Layout(**values, stages=self.stages[int(self.split[i])])
 
     @classmethod
     def of(cls, layouts: Sequence[Layout]) -> Layouts:
         """Columns of the given layouts, in their order."""
         stages = tuple(dict.fromkeys(x.stages for x in layouts))
+        schedules = tuple(dict.fromkeys(x.moe_schedule for x in layouts))
         columns: dict[str, Any] = {f.name: [getattr(x, f.name) for x in layouts] for f in dataclasses.fields(Layout)}
-        del columns["stages"]
+        del columns["stages"], columns["moe_schedule"]
         columns["sharding"] = [SHARDINGS.index(x) for x in columns["sharding"]]
         columns["dispatcher"] = [DISPATCHERS.index(x) for x in columns["dispatcher"]]
         columns["recompute"] = [mask_of(x, RECOMPUTE_MODULES) for x in columns["recompute"]]
         columns["cuda_graphs"] = [mask_of(x, GRAPH_SCOPES) for x in columns["cuda_graphs"]]
         columns["split"] = [stages.index(x.stages) for x in layouts]
-        kinds = {"sequence_parallel": bool, "ep_overlap": bool, "tp_overlap": bool, "dp_overlap": bool}
+        columns["schedule"] = [schedules.index(x.moe_schedule) for x in layouts]
+        kinds = dict.fromkeys(("sequence_parallel", "ep_overlap", "shared_overlap", "tp_overlap", "dp_overlap"), bool)
         arrays = {
             name: np.asarray(values, np.float64 if name == "optimizer_offload" else kinds.get(name, np.int64))
             for name, values in columns.items()
         }
-        return cls(**arrays, stages=stages)
+        return cls(**arrays, stages=stages, schedules=schedules)
+
+
+_TEXTS = ("stages", "schedules")
+"""Fields of `Layouts` that are no columns."""
 
 
 class Codes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.tasks import Graph, duration
+from moeplan.errors import ScheduleError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,8 +105,12 @@ def bound_s(graph: Graph, seconds: Mapping[str, Any]) -> Any:
 
 
 def simulate(graph: Graph, seconds: Mapping[str, float]) -> Timeline:
-    """The timeline of a graph, with priorities where its tasks have any."""
-    return _Loop(graph, [float(duration(task, seconds)) for task in graph.tasks]).run()
+    """The timeline of a graph, with priorities where its tasks have any; refuses durations that are no time."""
+    lengths = [float(duration(task, seconds)) for task in graph.tasks]
+    for task, length in zip(graph.tasks, lengths, strict=True):
+        if not 0.0 <= length < math.inf:
+            raise ScheduleError(f"task {task.name} takes {length:g} s", hint="give a finite number from 0")
+    return _Loop(graph, lengths).run()
 
 
 class _Loop:

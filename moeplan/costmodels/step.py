@@ -18,12 +18,10 @@ import numpy as np
 from moeplan.costmodels.activations import rank_tokens, shard
 from moeplan.costmodels.collectives import Group, all_gather_s, group, reduce_scatter_s, send_s
 from moeplan.costmodels.constants import OVERLAP, STEP
-from moeplan.costmodels.counts import mtp_weights
-from moeplan.costmodels.kernels import BACKWARD_TRAFFIC, dense_gemm_s
-from moeplan.costmodels.layer import dense_part, routed_part
+from moeplan.costmodels.layer import both_passes, dense_part, routed_part
 from moeplan.costmodels.layout import Layouts
-from moeplan.costmodels.megatron_counts import padded_vocab
 from moeplan.costmodels.model import Model
+from moeplan.costmodels.passes import head_passes, projection_passes
 from moeplan.costmodels.workload import Workload
 from moeplan.profiles.profile import Profile
 
@@ -61,23 +59,12 @@ def unit_times(model: Model, profile: Profile, workload: Workload, dense: Layout
 
 def _head(model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> dict[str, Any]:
     """Output projection and loss of one micro-batch; Megatron computes the head in bf16 under every recipe."""
-    tokens, vocab = rank_tokens(workload, layouts), padded_vocab(model, layouts.tp) / layouts.tp
-    curve = profile.gemm("bf16")
-    hidden = float(model.hidden)
-    product = curve.seconds(tokens, vocab, hidden) + curve.seconds(tokens, hidden, vocab) + curve.seconds(vocab, hidden, tokens)
-    return {
-        "output GEMM": product / profile.sustained_gemm("bf16"),
-        "loss": profile.stream_s(STEP.logit_bytes * tokens * vocab),
-    }
+    return both_passes(head_passes(model, profile, workload, layouts))
 
 
 def _prediction(model: Model, profile: Profile, workload: Workload, layouts: Layouts, head: dict[str, Any]) -> dict[str, Any]:
     """What a prediction layer has beside its layer: a projection of 2 x hidden and its own pass through the head."""
-    tokens = rank_tokens(workload, layouts)
-    projection = next(w for w in mtp_weights(model) if w.gemm)
-    forward, backward = dense_gemm_s(projection, tokens, profile, workload.precision.gemm, layouts)
-    norms = profile.stream_s(12.0 * model.hidden * tokens / shard(layouts)) * (1 + BACKWARD_TRAFFIC)
-    return {"projection": forward + backward + norms, "head": sum(head.values())}
+    return {**both_passes(projection_passes(model, profile, workload, layouts)), "head": sum(head.values())}
 
 
 def send_times(model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> tuple[Any, Any]:

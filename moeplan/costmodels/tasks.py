@@ -16,7 +16,10 @@ from typing import Any
 
 from moeplan.errors import ScheduleError
 
-_WORD = re.compile(r"(?P<name>[A-Za-z]+\d*)@(?P<on>[a-z][\w+.-]*)(?:<(?P<after>[\w,]+))?(?:!(?P<priority>-?\d+))?")
+_NAME, _RESOURCE = r"[A-Za-z]+[0-9]*", r"[a-z][a-z0-9_.-]*"
+_WORD = re.compile(
+    rf"(?P<name>{_NAME})@(?P<on>{_RESOURCE}(?:\+{_RESOURCE})*)(?:<(?P<after>{_NAME}(?:,{_NAME})*))?(?:!(?P<priority>-?[0-9]+))?"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +61,8 @@ class Graph:
                 self._refuse(task, "stands there twice")
             if not task.on or len(set(task.on)) != len(task.on):
                 self._refuse(task, "needs at least one resource, each once")
+            if _WORD.fullmatch(str(task)) is None:
+                self._refuse(task, "has a name or a resource that cannot be read back")
             seen.add(task.name)
 
     def __str__(self) -> str:

@@ -73,6 +73,8 @@ class Era:
     """Whether expert all-to-all can be hidden behind another micro-batch."""
     graph_scopes: tuple[str, ...]
     """What CUDA graphs can cover."""
+    shared_overlap: bool = False
+    """Whether shared experts can run on a stream of their own beside dispatch and combine."""
     host_s_per_kernel: Mapping[str, float] = field(hash=False)
     """Host time to launch one kernel, by host kind (x86, grace), seconds."""
     megatron_core: str = ""

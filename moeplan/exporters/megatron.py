@@ -176,6 +176,11 @@ def _expert_flags(plan: Plan) -> list[Flag]:
     x, workload = plan.layout, plan.problem.workload
     if plan.problem.model.moe is None:
         return []
+    if x.moe_schedule:
+        raise ExportError(
+            f"moe_schedule '{x.moe_schedule}' is nothing that Megatron runs",
+            hint="solve with --target megatron for a plan that it does",
+        )
     flags: list[Flag] = [("--moe-grouped-gemm",), ("--moe-permute-fusion",)]
     if x.dispatcher in ("deepep", "hybridep"):
         flags += [("--moe-token-dispatcher-type", "flex"), ("--moe-flex-dispatcher-backend", x.dispatcher)]
@@ -183,6 +188,8 @@ def _expert_flags(plan: Plan) -> list[Flag]:
         flags.append(("--moe-token-dispatcher-type", x.dispatcher))
     if x.ep_overlap:
         flags += [("--overlap-moe-expert-parallel-comm",), ("--delay-wgrad-compute",)]
+    if x.shared_overlap:
+        flags.append(("--moe-shared-expert-overlap",))
     if workload.capacity_factor:
         flags.append(("--moe-expert-capacity-factor", f"{workload.capacity_factor:g}"))
     if workload.precision.gemm != "bf16" and x.dispatcher != "allgather":

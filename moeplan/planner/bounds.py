@@ -29,6 +29,7 @@ def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequenc
     model, profile, workload = problem.model, problem.profile, problem.workload
     keys, of_row = groups.distinct("tp", "cp", "ep", "etp", "sequence_parallel", "cuda_graphs")
     rows = space.cross(space.cross(keys, {"micro_batch": micro_batches}), space.feature_options(problem))
+    rows = space.with_shared_overlap(problem, rows)
     whole = Pricing(model, profile, workload, rows).whole_micro_batch_s()
     per_sample: Any = np.asarray(whole / rows.micro_batch).reshape(len(keys), -1).min(axis=1)
     work = workload.global_batch / groups.dp * per_sample[of_row] / groups.pp

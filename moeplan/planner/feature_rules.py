@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from moeplan.costmodels.layout import GRAPH_SCOPES, RECOMPUTE_MODULES, Layouts, mask_of
-from moeplan.costmodels.model import Attention, LatentAttention, Mlp
+from moeplan.costmodels.model import Attention, LatentAttention, Mlp, Moe
+from moeplan.costmodels.moe_choice import parse_choices
 from moeplan.planner.problem import Problem
 from moeplan.planner.rules import Rule, blocks
 
@@ -59,6 +62,37 @@ def _overlap_bias(p: Problem, x: Layouts) -> Any:
 
 def _overlap_era(p: Problem, x: Layouts) -> Any:
     return x.ep_overlap & (not p.workload.era.ep_overlap)
+
+
+def _shared_overlap(p: Problem, x: Layouts) -> Any:
+    has = p.model.moe is not None and p.model.moe.shared_width > 0
+    return x.shared_overlap & (x.ep_overlap | ~x.dispatches_with("alltoall", "deepep", "hybridep") | (not has))
+
+
+def _shared_era(p: Problem, x: Layouts) -> Any:
+    return x.shared_overlap & (not p.workload.era.shared_overlap)
+
+
+def _shared_recompute(p: Problem, x: Layouts) -> Any:
+    return x.shared_overlap & x.recomputes("shared_experts")
+
+
+def _schedule(x: Layouts) -> Any:
+    """Whether MoE layers have a schedule of their own, [n]."""
+    return np.array([bool(text) for text in x.schedules])[x.schedule]
+
+
+def _schedule_target(p: Problem, x: Layouts) -> Any:
+    return _schedule(x) & (p.target == "megatron")
+
+
+def _schedule_experts(p: Problem, x: Layouts) -> Any:
+    return _schedule(x) & (x.ep_overlap | x.shared_overlap | ~x.dispatches_with("alltoall", "deepep", "hybridep"))
+
+
+def _schedule_kinds(p: Problem, x: Layouts) -> Any:
+    counts = np.array([len(parse_choices(text)) for text in x.schedules])[x.schedule]
+    return (counts > 1) & (counts != len(blocks(p.model, Moe)))
 
 
 def _graph_era(p: Problem, x: Layouts) -> Any:
@@ -170,6 +204,38 @@ FEATURE_RULES: tuple[Rule, ...] = (
     Rule(
         "overlap-graphs", "features", "expert overlap excludes CUDA graphs over moe or mlp", _overlap_graphs,
         lambda p, x: f"ep_overlap with CUDA graphs over {'+'.join(x.cuda_graphs)}",
+    ),
+    Rule(
+        "shared-overlap", "features",
+        "overlap of shared experts needs shared experts, a dispatcher other than allgather and no expert overlap",
+        _shared_overlap,
+        lambda p, x: f"shared_overlap with ep_overlap={x.ep_overlap} and dispatcher '{x.dispatcher}'"
+        + ("" if p.model.moe is not None and p.model.moe.shared_width else f", but {p.model.name} has no shared experts"),
+    ),
+    Rule(
+        "shared-era", "features", "overlap of shared experts exists in the software era (ours)", _shared_era,
+        lambda p, x: f"shared_overlap does not exist in era {p.workload.era.name}", "choose a later --era",
+    ),
+    Rule(
+        "schedule-target", "features", "Megatron runs no schedule of MoE layers but its own (ours)", _schedule_target,
+        lambda p, x: f"moe_schedule '{x.moe_schedule}' is nothing that Megatron runs", "use --target research to price it",
+    ),
+    Rule(
+        "schedule-experts", "features",
+        "a schedule of MoE layers needs a dispatcher other than allgather and excludes Megatron's overlaps (ours)",
+        _schedule_experts,
+        lambda p, x: f"moe_schedule '{x.moe_schedule}' with dispatcher '{x.dispatcher}', ep_overlap={x.ep_overlap}, "
+        f"shared_overlap={x.shared_overlap}",
+    ),
+    Rule(
+        "schedule-kinds", "features", "schedules of MoE layers are one for all, or one for each kind of MoE block (ours)",
+        _schedule_kinds,
+        lambda p, x: f"moe_schedule '{x.moe_schedule}' names {len(parse_choices(x.moe_schedule))} schedules, "
+        f"{p.model.name} has {len(blocks(p.model, Moe))} kinds of MoE blocks",
+    ),
+    Rule(
+        "shared-recompute", "recompute", "overlap of shared experts excludes their recompute", _shared_recompute,
+        lambda p, x: f"shared_overlap with recompute of {'+'.join(x.recompute)}",
     ),
     Rule(
         "overlap-recompute", "recompute", "expert overlap excludes recompute of whole layers or of moe", _overlap_recompute,

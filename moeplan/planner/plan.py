@@ -22,6 +22,7 @@ from moeplan.costmodels.stages import chunk_letters
 from moeplan.costmodels.uncertainty import interval
 from moeplan.errors import LayoutError, SchemaError, nearest
 from moeplan.planner.constraints import violations
+from moeplan.planner.gradient_windows import gradient_windows
 from moeplan.planner.measurement import Measurement
 from moeplan.planner.plan_data import (
     cluster_data,
@@ -40,8 +41,9 @@ from moeplan.planner.plan_data import (
     workload_data,
 )
 from moeplan.planner.problem import Problem
+from moeplan.planner.schedules import layer_groups, with_schedule
 from moeplan.records import check_schema, dump_yaml, from_mapping, load_yaml, save_text, to_mapping
-from moeplan.units import GIB, TERA
+from moeplan.units import GIB, MIB, TERA
 
 SCHEMA = "moeplan.plan/1"
 _KEYS = (
@@ -222,6 +224,16 @@ class Plan:
             "peak_gib": round(self.peak_bytes / GIB, 3),
             "device_gib": round(self.problem.device_bytes / GIB, 3),
             "time_s": {name: round(float(value), 6) for name, value in self.time if float(value)},
+            "moe_layers": [
+                {
+                    "layers": g.layers,
+                    "runs": g.runs,
+                    "exposed_exchange_s": round(g.exposed_s, 7),
+                    "plain_exchange_s": round(g.plain_s, 7),
+                }
+                for g in layer_groups(self.problem, self.layout)
+            ],
+            **self._gradients(),
             "stages": [
                 {
                     "rank": s.rank,
@@ -233,6 +245,19 @@ class Plan:
                 for s, seconds in zip(self.stages, self.stage_s, strict=True)
             ],
         }
+
+    def _gradients(self) -> dict[str, Any]:
+        """Where gradients travel, for a target that can be told."""
+        found = gradient_windows(self.problem, self.layout, self.stage_s) if self.problem.target == "research" else None
+        if found is None:
+            return {}
+        pieces = [
+            {"layer": layer, "beside_dense_mib": round(dense / MIB, 3), "beside_moe_mib": round(moe / MIB, 3)}
+            for layer, (dense, moe) in zip(found.layers, found.best.pieces_bytes, strict=True)
+        ]
+        times = {name: round(getattr(found, name), 6) for name in ("alone_s", "greedy_s", "exposed_s")}
+        tail = round(found.best.tail_bytes / MIB, 3)
+        return {"gradients": {"stage": found.stage, **times, "after_backward_mib": tail, "backward_order": pieces}}
 
     def text(self) -> str:
         """Text of the plan file."""
@@ -263,7 +288,11 @@ def _read_runner(r: _Runner, where: str, drift: Sequence[str]) -> RunnerUp:
 
 
 def price_plan(problem: Problem, layout: Layout, *, remarks: Sequence[str] = (), **more: Any) -> Plan:
-    """The plan of one layout, with every stage priced; `more` are further fields of the plan."""
+    """The plan of one layout, with every stage priced; `more` are further fields of the plan.
+
+    A MoE schedule that is left open ("best") becomes the quickest one.
+    """
+    layout = with_schedule(problem, layout)
     one = Layouts.of([layout])
     parts = (problem.model, problem.profile, problem.workload, one)
     pricing = Pricing(*parts, every_rank=True)

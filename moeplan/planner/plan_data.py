@@ -52,6 +52,7 @@ class _Limits:
     memory_bytes: float = 0.0
     pins: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = ()
+    target: str = "megatron"
 
 
 @contextmanager
@@ -212,6 +213,7 @@ def limits_data(problem: Problem) -> dict[str, Any]:
             memory_bytes=float(problem.memory_limit_bytes),
             pins=tuple(c.text for c in problem.pins),
             forbidden=tuple(c.text for c in problem.forbidden),
+            target=problem.target,
         )
     )
 
@@ -224,4 +226,5 @@ def read_limits(data: Any, where: str) -> dict[str, Any]:
             "memory_limit_bytes": limits.memory_bytes,
             "pins": tuple(parse_condition(c) for c in limits.pins),
             "forbidden": tuple(parse_condition(c) for c in limits.forbidden),
+            "target": limits.target,
         }

@@ -19,12 +19,14 @@ from moeplan.costmodels.layout import DISPATCHERS, GRAPH_SCOPES, RECOMPUTE_MODUL
 from moeplan.costmodels.memory import largest_peak_bytes, reserve_bytes
 from moeplan.costmodels.model import Model
 from moeplan.costmodels.workload import Workload
-from moeplan.errors import ProblemError, UsageError, nearest_hint
+from moeplan.errors import ProblemError, UnknownNameError, UsageError, nearest_hint
 from moeplan.profiles.profile import Profile
 from moeplan.units import format_bytes
 
 NUMBERS = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp", "edp", "micro_batch", "optimizer_offload")
-SWITCHES = ("sequence_parallel", "ep_overlap", "tp_overlap", "dp_overlap")
+SWITCHES = ("sequence_parallel", "ep_overlap", "shared_overlap", "tp_overlap", "dp_overlap")
+TARGETS = ("megatron", "research")
+"""Whose rules a plan keeps: Megatron's, or those and every published schedule of MoE layers besides."""
 NAMES = {"dispatcher": DISPATCHERS, "sharding": SHARDINGS}
 SETS = {"recompute": RECOMPUTE_MODULES, "cuda_graphs": GRAPH_SCOPES}
 FIELDS = (*NUMBERS, *SWITCHES, *NAMES, *SETS)
@@ -112,8 +114,12 @@ class Problem:
     """Accept sequences longer than the positions that the model was published with (context extension)."""
     memory_limit_bytes: float = 0.0
     """Device memory that a plan may use; 0: all that the device has."""
+    target: str = "megatron"
+    """What the plan is to run on, one of `TARGETS`."""
 
     def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UnknownNameError("target", self.target, TARGETS)
         device, precision = self.profile.cluster.device, self.workload.precision
         if device.capability_number and device.capability_number < precision.min_capability:
             raise ProblemError(

@@ -127,7 +127,8 @@ class _Search:
         rows = self._accepted(rows, "chunks", per_chunk)
         rows = self._accepted(space.cross(rows, self.batches), "batch", per_batch)
         # 2. features, priced without recompute: a bound on every set of recomputed modules
-        rows = self._accepted(space.cross(rows, self.features), "features", len(self.sets))
+        rows = space.with_shared_overlap(self.problem, space.cross(rows, self.features))
+        rows = self._accepted(rows, "features", len(self.sets))
         if not len(rows):
             return
         bound = Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows).step_seconds()
@@ -143,7 +144,7 @@ class _Search:
 
     def _look(self, rows: Layouts) -> None:
         """Memory under every set of recomputed modules, then the price of the minimal sets that fit."""
-        spread = space.cross(rows, {"recompute": self.sets.tolist()})
+        spread = space.with_shared_overlap(self.problem, space.cross(rows, {"recompute": self.sets.tolist()}))
         source = np.repeat(np.arange(len(rows)), len(self.sets))
         accepted = np.ones(len(spread), np.bool_)
         self._settle(spread, "recompute", accepted)
@@ -223,10 +224,13 @@ class _Search:
 
 
 def _widened(masks: Any) -> Any:
-    """Masks with what a module repeats inside it: whole layers repeat everything, moe its activation and shared experts."""
+    """Masks with what a module repeats inside it: whole layers repeat everything, moe its activation.
+
+    But for shared experts: recomputing these by name gives up their overlap, so that it may be slower than a larger set.
+    """
     full, moe, act, shared = (1 << RECOMPUTE_MODULES.index(n) for n in ("full", "moe", "moe_act", "shared_experts"))
-    wide = np.where(masks & moe > 0, masks | act | shared, masks)
-    return np.where(masks & full > 0, (full << 1) - 1, wide)
+    wide = np.where(masks & moe > 0, masks | act, masks)
+    return np.where(masks & full > 0, ((full << 1) - 1) & ~shared, wide)
 
 
 _FIELDS: Mapping[Level, tuple[str, ...]] = {
@@ -236,7 +240,7 @@ _FIELDS: Mapping[Level, tuple[str, ...]] = {
     ),
     "chunks": ("vpp",),
     "batch": ("micro_batch",),
-    "features": ("dispatcher", "ep_overlap", "tp_overlap"),
+    "features": ("dispatcher", "ep_overlap", "shared_overlap", "tp_overlap"),
     "recompute": ("recompute",),
 }  # fmt: skip
 """Fields that are settled at each level."""

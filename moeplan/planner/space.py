@@ -19,6 +19,7 @@ import numpy as np
 from moeplan.costmodels.activations import separate_norm
 from moeplan.costmodels.layout import DISPATCHERS, RECOMPUTE_MODULES, SHARDINGS, Layouts, mask_of
 from moeplan.costmodels.model import LatentAttention, Mlp
+from moeplan.costmodels.moe_choice import BEST
 from moeplan.costmodels.stages import balanced_split, format_split
 from moeplan.planner.problem import Problem
 
@@ -54,7 +55,8 @@ def degree_grid(problem: Problem) -> Layouts:
         tp=tp, cp=cp, pp=pp_, vpp=zero + 1, dp=dp, ep=ep, etp=etp, edp=edp, micro_batch=zero + 1,
         sequence_parallel=tp > 1, sharding=zero + SHARDINGS.index("optimizer"), recompute=zero,
         dispatcher=zero + DISPATCHERS.index("alltoall" if has_experts else "none"),
-        ep_overlap=no, tp_overlap=no, dp_overlap=yes, cuda_graphs=zero, optimizer_offload=np.zeros(n), split=zero,
+        ep_overlap=no, shared_overlap=no, tp_overlap=no, dp_overlap=yes, cuda_graphs=zero, optimizer_offload=np.zeros(n),
+        split=zero, schedules=("", BEST) if problem.target == "research" else ("",), schedule=zero,
     )  # fmt: skip
     fixed = {name: value for name in NOT_SEARCHED for value in problem.pinned(name)}
     return grid.with_columns(**{name: np.full(n, value, getattr(grid, name).dtype) for name, value in fixed.items()})
@@ -125,15 +127,32 @@ def batch_options(problem: Problem) -> dict[str, Sequence[Any]]:
 
 
 def feature_options(problem: Problem) -> dict[str, Sequence[Any]]:
-    """Dispatchers of the era, with and without expert overlap; tensor overlap for dense models."""
+    """Dispatchers of the era, with and without expert overlap, for research with the best schedule; tensor overlap for dense
+    models."""
     era = problem.workload.era
     if problem.model.moe is None:
         return {"tp_overlap": [True, False], "dispatcher": [0, 0], "ep_overlap": [False, False]}
-    rows = list(
-        itertools.product([DISPATCHERS.index(d) for d in era.dispatchers], [False, True] if era.ep_overlap else [False])
-    )
+    ways = [(False, 0)] + [(True, 0)] * era.ep_overlap + [(False, 1)] * (problem.target == "research")
+    rows = [(DISPATCHERS.index(d), *way) for d in era.dispatchers for way in ways]
     overlap = any(problem.pinned("tp_overlap"))
-    return {"dispatcher": [r[0] for r in rows], "ep_overlap": [r[1] for r in rows], "tp_overlap": [overlap] * len(rows)}
+    return {
+        "dispatcher": [r[0] for r in rows],
+        "ep_overlap": [r[1] for r in rows],
+        "schedule": [r[2] for r in rows],
+        "tp_overlap": [overlap] * len(rows),
+    }
+
+
+def with_shared_overlap(problem: Problem, layouts: Layouts) -> Layouts:
+    """Shared experts run beside dispatch and combine wherever the framework takes it: it never adds time."""
+    moe = problem.model.moe
+    if moe is None or not moe.shared_width or not problem.workload.era.shared_overlap:
+        return layouts
+    wanted = layouts.dispatches_with("alltoall", "deepep", "hybridep") & (layouts.ep * layouts.etp > 1)
+    wanted &= ~layouts.ep_overlap & np.equal(layouts.schedule, 0) & ~layouts.recomputes("shared_experts")
+    for value in problem.pinned("shared_overlap"):
+        wanted = np.full(len(layouts), bool(value))
+    return layouts.with_columns(shared_overlap=wanted)
 
 
 def recompute_sets(problem: Problem) -> list[int]:

@@ -139,7 +139,7 @@ def _complexity(layout: Layout) -> int:
     """Degrees and features that a layout makes use of."""
     x = layout
     degrees = sum(degree > 1 for degree in (x.tp, x.cp, x.pp, x.vpp, x.ep, x.etp))
-    switches = sum(map(bool, (x.ep_overlap, x.tp_overlap, x.stages, x.optimizer_offload)))
+    switches = sum(map(bool, (x.ep_overlap, x.tp_overlap, x.stages, x.moe_schedule, x.optimizer_offload)))
     return degrees + switches + len(layout.recompute) + len(layout.cuda_graphs)
 
 

@@ -46,6 +46,9 @@ SEND_SHARE = 0.75
 """Point-to-point over NVLink, of the one-direction rate: NCCL rings reach 0.68 to 0.75 (A100, H100, B200)."""
 SUSTAINED = ("bf16", "quantized", "attention")
 """Kinds of kernels with a sustained share: GEMMs in bf16 and with quantised inputs (grouped ones too), and attention."""
+OVERLAP_LOSS = 0.33
+"""Kappa where it was not measured: between what the speed-ups of FSMoE (arXiv:2501.10714, table 5) give for its testbeds, 0.372
+(A6000, NVLink pairs) and 0.286 (2080Ti, PCIe)."""
 MOST_FACTOR = 100.0
 """Larger factors and shares are taken for slips."""
 
@@ -74,6 +77,8 @@ class Profile:
     """Factor on the host's time to launch a kernel: how this host compares with the one that the software era was timed on."""
     exposed: float = 1.0
     """Factor on the communication that overlap leaves exposed: tensor, context, expert and data parallelism."""
+    overlap_loss: float = OVERLAP_LOSS
+    """Kappa: share of what perfect overlap of MoE chunks would hide that stays exposed; 0: none, 1: nothing overlaps."""
     origins: Mapping[str, Origin] = field(default_factory=dict)
     """Where each curve comes from, by "operation/key"."""
     calibrated_on: tuple[CalibratedOn, ...] = ()
@@ -94,6 +99,8 @@ class Profile:
             most = MOST_FACTOR if what in factors else math.inf
             if not 0.0 < value <= most or value == math.inf:
                 raise SchemaError(f"profile '{self.name}': {what} is {value:g}, above 0 and up to {most:g} is needed")
+        if not 0.0 <= self.overlap_loss <= 1.0:
+            raise SchemaError(f"profile '{self.name}': overlap_loss is {self.overlap_loss:g}, 0 to 1 is needed")
 
     @property
     def scale_out_bytes_per_s(self) -> float:

@@ -27,7 +27,7 @@ from moeplan.profiles.curves import (
 )
 from moeplan.profiles.hardware import Cluster, Link, load_cluster, named_cluster
 from moeplan.profiles.origin import CalibratedOn, Origin
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.profile import OVERLAP_LOSS, Profile, nominal
 from moeplan.records import check_schema, dump_yaml, from_mapping, load_yaml, sha256_of, to_mapping
 from moeplan.units import GB
 
@@ -60,6 +60,7 @@ class _Contents:
     sustained: Mapping[str, float] = field(default_factory=dict)
     host: float = 1.0
     exposed: float = 1.0
+    overlap_loss: float = OVERLAP_LOSS
     calibrated_on: tuple[CalibratedOn, ...] = ()
     stream_bytes_per_s: float
     gemms: Mapping[str, GemmCurve]
@@ -82,6 +83,7 @@ def profile_text(profile: Profile) -> str:
         sustained=profile.sustained,
         host=profile.host,
         exposed=profile.exposed,
+        overlap_loss=profile.overlap_loss,
         calibrated_on=profile.calibrated_on,
         stream_bytes_per_s=profile.stream_bytes_per_s,
         gemms={k: c for k, c in profile.gemms.items() if k not in quantized},
@@ -92,7 +94,8 @@ def profile_text(profile: Profile) -> str:
         dispatches=profile.dispatches,
         origins=profile.origins,
     )
-    data = {**to_mapping(contents), "host": profile.host, "exposed": profile.exposed}  # factors of 1 stand there too
+    factors = {name: getattr(profile, name) for name in ("host", "exposed", "overlap_loss")}
+    data = {**to_mapping(contents), **factors}  # those of their default stand there too
     return dump_yaml({f.name: data[f.name] for f in dataclasses.fields(_Contents) if f.name in data})
 
 
@@ -125,6 +128,7 @@ def _profile_of(contents: _Contents, where: str) -> Profile:
         sustained=contents.sustained,
         host=contents.host,
         exposed=contents.exposed,
+        overlap_loss=contents.overlap_loss,
         origins=contents.origins,
         calibrated_on=contents.calibrated_on,
     )
@@ -196,6 +200,7 @@ def _shown(value: Any) -> str:
 
 _CURVES = (
     "stream_bytes_per_s", "gemms", "grouped", "attentions", "collectives", "dispatches", "sustained", "host", "exposed",
+    "overlap_loss",
 )  # fmt: skip
 
 

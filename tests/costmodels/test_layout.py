@@ -22,7 +22,22 @@ from moeplan.errors import LayoutError
 from tests.conftest import TINY_MOE, layouts_of
 
 QUICK = settings(max_examples=60, deadline=None)
-INTEGERS = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp", "edp", "micro_batch", "recompute", "dispatcher", "cuda_graphs", "split")
+INTEGERS = (
+    "tp",
+    "cp",
+    "pp",
+    "vpp",
+    "dp",
+    "ep",
+    "etp",
+    "edp",
+    "micro_batch",
+    "recompute",
+    "dispatcher",
+    "cuda_graphs",
+    "split",
+    "schedule",
+)
 
 # What the constructor refuses: fields, and what its message must say.
 REFUSED = [
@@ -122,7 +137,7 @@ def test_columns_and_back(rows):
 def test_columns_of_one_type():
     columns = Layouts.of([Layout(), Layout(tp=2, edp=2, recompute=("full",), stages="EtL")])
     for field in dataclasses.fields(Layouts):
-        if field.name != "stages":
+        if field.name not in ("stages", "schedules"):
             kind = np.int64 if field.name in (*INTEGERS, "sharding") else np.bool_
             expected = np.float64 if field.name == "optimizer_offload" else kind
             assert getattr(columns, field.name).dtype == expected, field.name

@@ -100,6 +100,7 @@ def _features(rng: random.Random, model: Model) -> dict[str, Any]:
         "sharding": sharding,
         "dispatcher": dispatcher,
         "ep_overlap": model.moe is not None and rng.random() < 0.4,
+        "shared_overlap": model.moe is not None and rng.random() < 0.2,
         "tp_overlap": rng.random() < 0.1,
         "dp_overlap": rng.random() < 0.7,
         "recompute": ("full",) if rng.random() < 0.12 else some(MODULES, 0.4),

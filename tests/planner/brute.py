@@ -65,6 +65,17 @@ def features(problem: Problem) -> list[dict[str, Any]]:
     return [{"dispatcher": d, "ep_overlap": overlap} for d in era.dispatchers for overlap in overlaps]
 
 
+def inside_layers(problem: Problem) -> list[dict[str, Any]]:
+    """How MoE layers can run beside dispatcher and expert overlap: shared experts apart, and for research every schedule."""
+    out: list[dict[str, Any]] = [{}]
+    if problem.model.moe is not None and problem.model.moe.shared_width:
+        out.append({"shared_overlap": True})
+    if problem.target == "research" and problem.model.moe is not None:
+        out += [{"moe_schedule": f"fsmoe {f}/{b}"} for f in (1, 2, 4, 8) for b in (1, 2, 4, 8)]
+        out += [{"moe_schedule": text} for text in ("s1", "tutel 2/2", "tutel 4/8")]
+    return out
+
+
 def without_recompute(problem: Problem, **fixed: Any) -> Iterator[Layout]:
     """Every layout that the degree identities allow, nothing recomputed; `fixed` are fields that all have."""
     world, batch, layers = problem.profile.cluster.gpus, problem.workload.global_batch, len(problem.model.layers)
@@ -87,7 +98,8 @@ def size_of_space(problem: Problem) -> int:
     world, batch = problem.profile.cluster.gpus, problem.workload.global_batch
     grids = sum(len(factors(tp * cp * dp, 3)) if problem.model.moe is not None else 1 for tp, cp, dp, _ in factors(world, 4))
     micro = sum(batch % m == 0 for m in range(1, batch + 1))
-    return grids * 2 * (len(problem.model.layers) + 2) * micro * len(features(problem))
+    open_schedules = len(problem.workload.era.dispatchers) if problem.target == "research" else 0
+    return grids * 2 * (len(problem.model.layers) + 2) * micro * (len(features(problem)) + open_schedules)
 
 
 def accepted(problem: Problem, layouts: list[Layout]) -> list[Layout]:
@@ -107,8 +119,8 @@ class Prices:
 
     def __init__(self, problem: Problem, **fixed: Any) -> None:
         base = accepted(problem, list(without_recompute(problem, **fixed)))
-        sets = recompute_sets(problem.model)
-        self.layouts = accepted(problem, [replace(x, recompute=s) for x in base for s in sets])
+        sets, extra = recompute_sets(problem.model), inside_layers(problem)
+        self.layouts = accepted(problem, [replace(x, recompute=s, **more) for x in base for s in sets for more in extra])
         pricing = Pricing(problem.model, problem.profile, problem.workload, Layouts.of(self.layouts))
         self.step_s, self.peak_bytes = pricing.step_seconds().tolist(), pricing.peak_bytes().tolist()
 
@@ -129,8 +141,8 @@ def one_by_one(problem: Problem) -> list[tuple[Layout, float, float]]:
     for base in without_recompute(problem):
         if violations(problem, base):
             continue
-        for names in recompute_sets(problem.model):
-            layout = replace(base, recompute=names)
+        for names, more in itertools.product(recompute_sets(problem.model), inside_layers(problem)):
+            layout = replace(base, recompute=names, **more)
             if not violations(problem, layout):
                 plan = price_plan(problem, layout)
                 found.append((layout, plan.step_s, plan.peak_bytes))

@@ -47,6 +47,10 @@ def moe(**more: Any) -> Problem:
     return tiny.problem(tiny.MIXED, "h100x8", batch=32, **more)
 
 
+def latent(**more: Any) -> Problem:
+    return tiny.problem(tiny.LATENT, "h100x8", batch=32, **more)
+
+
 def dense(**more: Any) -> Problem:
     return tiny.problem(tiny.DENSE, "h100x8", batch=32, **more)
 
@@ -61,6 +65,7 @@ def layout(dispatcher: Any = "alltoall", **fields: Any) -> Layout:
 
 
 OVERLAP = {"ep": 8, "ep_overlap": True}
+RESEARCH = dataclasses.replace(moe(), target="research")
 
 ROWS: list[tuple[str, Problem, Layout, str]] = [  # rule, problem, layout that breaks it, part of the reason
     ("world-size", moe(), layout(dp=4, edp=4), "1*1*4*1 = 4 is not the 8 GPUs"),
@@ -117,6 +122,15 @@ ROWS: list[tuple[str, Problem, Layout, str]] = [  # rule, problem, layout that b
     ("overlap-bias", tiny.problem(BIASED, "h100x8", batch=32), layout(cuda_graphs=("attn",), **OVERLAP), "tiny-biased"),
     ("overlap-era", moe(era="te-2024"), layout(**OVERLAP), "te-2024"),
     ("overlap-graphs", moe(), layout(cuda_graphs=("mlp",), **OVERLAP), "mlp"),
+    ("shared-overlap", moe(), layout(ep=8, shared_overlap=True), "tiny-mixed has no shared experts"),
+    ("shared-overlap", latent(), layout("allgather", ep=4, shared_overlap=True), "'allgather'"),
+    ("shared-overlap", latent(), layout(ep=4, shared_overlap=True, ep_overlap=True), "ep_overlap=True"),
+    ("shared-era", latent(era="te-2024"), layout(ep=4, shared_overlap=True), "te-2024"),
+    ("shared-recompute", latent(), layout(ep=4, shared_overlap=True, recompute=("shared_experts",)), "of shared_experts"),
+    ("schedule-target", moe(), layout(ep=8, moe_schedule="fsmoe 2/4"), "'fsmoe 2/4' is nothing that Megatron runs"),
+    ("schedule-experts", RESEARCH, layout("allgather", ep=8, moe_schedule="s1"), "'allgather'"),
+    ("schedule-experts", RESEARCH, layout(moe_schedule="s1", **OVERLAP), "ep_overlap=True"),
+    ("schedule-kinds", RESEARCH, layout(ep=8, moe_schedule="s1; s1"), "names 2 schedules, tiny-mixed has 1 kinds"),
     ("overlap-recompute", moe(), layout(recompute=("moe",), **OVERLAP), "recompute of moe"),
     ("recompute-full", moe(), layout(recompute=("full", "mlp")), "'full' stands alone"),
     ("recompute-blocks", moe(), layout(recompute=("mla_up_proj",)), "tiny-mixed lacks"),
@@ -164,6 +178,8 @@ def random_layouts(count: int, seed: int) -> list[Layout]:
                 sharding=pick.choice(SHARDINGS),
                 recompute=tuple(pick.sample(RECOMPUTE_MODULES, pick.choice((0, 0, 1, 2)))),
                 ep_overlap=pick.random() < 0.3,
+                shared_overlap=pick.random() < 0.3,
+                moe_schedule=pick.choice(("", "", "s1", "fsmoe 2/4", "s1; fsmoe 1/2")),
                 tp_overlap=pick.random() < 0.3,
                 dp_overlap=pick.random() < 0.5,
                 cuda_graphs=tuple(pick.sample(GRAPH_SCOPES, pick.choice((0, 0, 1, 2)))),
@@ -193,7 +209,7 @@ OF_LEVEL = {
     ),
     "chunks": ("vpp", "stages", "split"),
     "batch": ("micro_batch",),
-    "features": ("dispatcher", "ep_overlap", "tp_overlap"),
+    "features": ("dispatcher", "ep_overlap", "shared_overlap", "schedule", "schedules", "tp_overlap"),
     "recompute": ("recompute",),
 }  # fmt: skip
 
@@ -204,7 +220,7 @@ def test_a_rule_reads_only_what_is_settled(rule: Any) -> None:
     settled = {f for level in LEVELS[: LEVELS.index(rule.level) + 1] for f in OF_LEVEL[level]}
     rows = Layouts.of(random_layouts(300, 2))
     order = np.random.default_rng(0).permutation(len(rows))
-    later = {f.name for f in dataclasses.fields(Layouts)} - settled - {"stages"}
+    later = {f.name for f in dataclasses.fields(Layouts)} - settled - {"stages", "schedules"}
     if "split" in later:
         later.discard("split")
         rows = rows.with_columns(split=rows.split * 0 + rows.stages.index(""))

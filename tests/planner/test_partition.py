@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -84,6 +85,19 @@ def test_milp_equals_brute_force(chunks_per_rank: int) -> None:
     rng = random.Random(chunks_per_rank)
     for _ in range(40):
         problem = random_problem(rng, chunks_per_rank)
+        expected = brute_force(problem)
+        assert worth(problem, split_by_milp(problem)) == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("solvers", [["PULP_CBC_CMD", "HiGHS"], ["PULP_CBC_CMD"]], ids=["usual", "cbc"])
+def test_short_layers_are_told_apart(solvers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # microseconds a layer: less than what the solvers take for nothing if the objective is in seconds
+    monkeypatch.setattr(pulp, "listSolvers", lambda onlyAvailable: solvers)
+    rng = random.Random(1)
+    for _ in range(30):
+        problem = random_problem(rng, 2)
+        seconds = {name: [t * 1e-6 for t in getattr(problem, name)] for name in ("layer_s", "fixed_s")}
+        problem = dataclasses.replace(problem, **seconds)  # type: ignore[arg-type]
         expected = brute_force(problem)
         assert worth(problem, split_by_milp(problem)) == (None if expected is None else pytest.approx(expected))
 

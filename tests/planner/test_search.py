@@ -14,6 +14,8 @@ from moeplan.planner.constraints import RULES, violations
 from moeplan.planner.plan import price_plan
 from moeplan.planner.problem import Problem
 from moeplan.planner.search import COPY, EXCLUDED, MEMORY, SLOWER, Search, search
+from moeplan.profiles.hardware import load_cluster
+from moeplan.profiles.profile import nominal
 from tests.planner import tiny
 from tests.planner.brute import Prices, identity, least, needed_bytes, one_by_one, size_of_space
 
@@ -24,6 +26,11 @@ CASES: dict[str, Problem] = {
     "experts, uneven load": tiny.problem(tiny.MIXED, "h100x4", seq=1024, imbalance=1.5, era="hybridep-2025"),
     "experts, eight GPUs": tiny.problem(tiny.MIXED, "b200x8", seq=2048, batch=2, precision="fp8-mx", era="te-2024"),
     "latent attention": tiny.problem(tiny.LATENT, "h100x4", precision="fp8-cs"),
+    "experts, research": replace(
+        tiny.problem(tiny.WIDE, "h100x4", era="te-2024"),
+        profile=nominal(replace(load_cluster("h100x4"), name="pairs", gpus_per_node=2, domain_gpus=2, nics_per_node=1)),
+        target="research",
+    ),
     "published, cut": tiny.problem(load_model("deepseek-v2-lite-3l-proxy"), "h200x4", batch=2, era="te-2024"),
 }
 SHARES = (1.0, 0.4, 0.05, 0.0)

@@ -21,6 +21,13 @@ ODD = Model(name="tiny-odd", hidden=1024, vocab=96000, layers=(DENSE_LAYER,) * 3
 """Three layers and a heavy head: no even split over two stages, and no equal one over three."""
 MIXED = Model(name="tiny-mixed", hidden=1024, vocab=32000, layers=(DENSE_LAYER, *(MOE_LAYER,) * 3))
 """A dense layer, then experts."""
+WIDE = Model(
+    name="tiny-wide",
+    hidden=1024,
+    vocab=32000,
+    layers=(Layer(blocks=(GQA, Moe(experts=4, topk=1, width=32768))),) * 2,
+)
+"""Experts that take longer than their exchange, so that chunks overlap."""
 LATENT = Model(
     name="tiny-latent",
     hidden=1024,

@@ -1,1 +1,1 @@
-"""Published schedules of one MoE layer in closed form, one family a file."""
+"""Schedules of one MoE layer, one a file; `schedules.py` lists them."""

@@ -1,0 +1,1 @@
+"""The schedules of an MoE layer beside what their papers published; writes docs/schedules.md."""

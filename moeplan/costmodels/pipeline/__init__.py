@@ -1,0 +1,1 @@
+"""Pipeline schedules: what every pipeline rank does in which order, and what that costs."""
