@@ -14,7 +14,7 @@ import os
 import tempfile
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -83,16 +83,24 @@ def dump_yaml(data: Any, *, compact: bool = True) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=style, width=110, allow_unicode=True))
 
 
-def save_text(path: Path, text: str, what: str) -> None:
-    """Write `text` to `path` whole or not at all: a temporary file beside it, then a rename."""
+def save_text(path: Path, text: str | Iterable[str], what: str) -> None:
+    """Write a text, or its pieces one after the other, to `path` whole or not at all: a temporary file, then a rename.
+
+    What is no file, like /dev/null or a pipe, is written as it stands: a rename would replace it.
+    """
+    pieces = [text] if isinstance(text, str) else text
     try:
+        if path.exists() and not path.is_file():
+            with path.open("w", encoding="utf-8") as stream:
+                stream.writelines(pieces)
+            return
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         hint = "choose a directory that exists and is writable"
         raise FileError(f"cannot write {what} '{path}': {error.strerror}", hint=hint) from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.writelines(pieces)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:  # an interrupt must not leave the temporary file behind either

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -144,3 +144,28 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="cannot write cart file"):
         save_text(tmp_path / "folder", "x", "cart file")
     assert sorted(os.listdir(tmp_path)) == ["folder", "out.txt"]
+
+
+def test_pieces_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+
+    def failing() -> Iterator[str]:
+        yield "first\n"
+        raise SchemaError("stop")
+
+    with pytest.raises(SchemaError, match="stop"):
+        save_text(path, failing(), "table")
+    assert os.listdir(tmp_path) == []
+    save_text(path, iter(["a\n", "b\n"]), "table")
+    assert path.read_text() == "a\nb\n" and os.listdir(tmp_path) == ["out.txt"]
+
+
+def test_a_device_or_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    save_text(pipe, ["a", "b"], "table")
+    assert os.read(reader, 10) == b"ab" and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+    os.close(reader)
+    save_text(Path(os.devnull), "x", "table")
+    assert Path(os.devnull).is_char_device()

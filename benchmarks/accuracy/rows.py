@@ -14,7 +14,7 @@ from typing import Literal
 
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.memory import reserve_bytes
-from moeplan.costmodels.price import peak_memory
+from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.uncertainty import regime
 from moeplan.planner.estimate import PricedRun, price_runs, profile_of, read_table
 from moeplan.planner.problem import Problem
@@ -208,7 +208,7 @@ def memories(all_results: Sequence[Result]) -> list[Memory]:
 def first_stage_peak_bytes(run: Run) -> float:
     """Peak allocation on the first pipeline rank."""
     layouts = Layouts.of([run.layout])
-    parts = peak_memory(run.model, profile_of(run.cluster), run.workload, layouts, every_rank=True)
+    parts = Pricing(run.model, profile_of(run.cluster), run.workload, layouts, every_rank=True).peak_memory()
     return float(parts.total[0, 0])
 
 

@@ -59,7 +59,7 @@ def schedules() -> Section:
 
 
 def _runs_on(name: str, targets: tuple[str, ...]) -> str:
-    return "nothing: a bound" if name == IDEAL else ", ".join(targets) or "research code"
+    return "nothing: an ideal" if name == IDEAL else ", ".join(targets) or "research code"
 
 
 def constants() -> Section:

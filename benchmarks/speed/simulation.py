@@ -52,7 +52,7 @@ def main() -> None:
         timeline, seconds = measure(vpp)
         _, profile, _, layout = case(vpp)
         started = time.perf_counter()
-        size = len(step_trace(timeline, profile, layout).text())
+        size = sum(map(len, step_trace(timeline, profile, layout).pieces()))
         print(
             f"vpp {vpp}: {len(timeline.passes.rank):>7,} passes in {seconds:.2f} s; "
             f"trace of {size / 1e6:.0f} MB in {time.perf_counter() - started:.2f} s",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from moeplan.planner.layer_study import Priced, Question
 
 FORMATS = (".png", ".svg")
+COLOURS = 10
+"""Colours of lines; further lines are dashed."""
 MOST_POINTS = 100_000
 """Points of a curve, which are priced at once."""
 
@@ -49,8 +51,9 @@ def draw_curves(path: Path, name: str, values: Any, question: Question) -> None:
     from moeplan.planner.layer_study import study
 
     figure, axes = _figure(5.0)
-    for row in study(question):
-        axes.plot(values, np.broadcast_to(row.total_s, values.shape) / MS, label=row.schedule.name)
+    for i, row in enumerate(study(question)):
+        style = "-" if i < COLOURS else "--"
+        axes.plot(values, np.broadcast_to(row.total_s, values.shape) / MS, style, label=row.schedule.name)
     axes.set_xlabel(name)
     axes.set_ylabel("forward and backward, ms")
     if len(values) > 2 and values[0] > 0 and values[-1] / values[0] >= 8:

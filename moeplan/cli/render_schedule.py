@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from moeplan.cli.render import console
 from moeplan.costmodels.moe.base import Direction
 from moeplan.costmodels.moe.constants import Constants
 from moeplan.costmodels.moe_choice import IDEAL
-from moeplan.planner.layer_crossover import LAYOUTS, RANGES, Terms, crossovers, order, terms
+from moeplan.planner.layer_crossover import LAYOUTS, RANGES, Terms, crossovers, order, serial, terms
 from moeplan.planner.layer_study import Compared, Priced, Question, shares
 from moeplan.units import format_bytes, format_seconds
 
 WORDS = {"inter": "inter-node", "intra": "intra-node", "compute": "experts"}
 """Resources in words."""
 PICO = 1e-12
+EQUAL = 1e-9
+"""Relative difference below which two times are one."""
+CHUNKS = FORWARD_CHUNKS, BACKWARD_CHUNKS = "r forward", "r backward"
+BOUND = "bound by\nforward", "bound by\nbackward"
+OVER, RUNS_ON = "over", "runs on"
+COLUMNS = ("forward", FORWARD_CHUNKS, "backward", BACKWARD_CHUNKS, "total", OVER, *BOUND, RUNS_ON)
+"""Columns of the table beside the names."""
+SPARED: tuple[tuple[str, ...], ...] = (BOUND, (RUNS_ON,), CHUNKS, ("forward", "backward"))
+"""Columns that a narrow terminal goes without, the first of them first."""
 
 
 def show(question: Question, constants: Constants, found: Compared) -> None:
     """The whole study on the terminal."""
     out = console()
-    out.print(f"[bold]{title(question, constants)}[/bold]", soft_wrap=True)
+    out.print(Text(title(question, constants), style="bold"), soft_wrap=True)
     out.print()
-    out.print(schedule_table(question, found))
+    rows = alike(question, found)
+    for spared in range(len(SPARED) + 1):
+        table = schedule_table(rows, found, without=list(chain.from_iterable(SPARED[:spared])))
+        if out.measure(table, options=out.options.update(max_width=1000)).maximum <= out.width:
+            break
+    out.print(table)
+    for row in rows:
+        if len(row.names) > 1:
+            out.print(Text(f"the same as {row.names[0]}: {', '.join(row.names[1:])}", style="dim"))
     out.print()
     for line in reasons(question, found):
         out.print(line, soft_wrap=True)
@@ -36,50 +56,68 @@ def title(question: Question, constants: Constants) -> str:
     """The layer and the machine in a line."""
     layer = question.layer
     slots = "" if math.isinf(layer.capacity) else f", {layer.capacity:.0f} slots each of {layer.experts:.0f} experts"
-    sizes = f"{layer.tokens:g} tokens x {layer.hidden:g}, experts of {layer.expert_hidden:g}, k f = "
+    sizes = f"{layer.tokens:.10g} tokens x {layer.hidden:.10g}, experts of {layer.expert_hidden:.10g}, k f = "
     sizes += f"{layer.topk * layer.capacity_factor:g}{slots}"
     carried = f", gradients {format_bytes(question.gradient_bytes)}" if question.gradient_bytes else ""
     groups = f"mp {layer.mp:g}, esp {layer.esp:g}, ep {layer.ep:g}"
     return f"{sizes}; {groups}; constants {constants.name}; kappa {question.kappa:g}{carried}"
 
 
-def schedule_table(question: Question, found: Compared) -> Table:
-    """Every schedule, the quickest first."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("schedule", no_wrap=True)
-    for name in ("forward", "r", "backward", "r", "total", f"over {found.over.schedule.name}"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("bound by", "backward", "runs on"):
-        table.add_column(name)
-    rows: list[tuple[float, list[str], str]] = []
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """Schedules that are alike in all that the table shows."""
+
+    names: list[str]
+    total_s: float
+    cells: Mapping[str, str]
+    """By column, without the name."""
+
+
+def alike(question: Question, found: Compared) -> list[Row]:
+    """The rows of the table, the quickest first; one for all schedules that show the same."""
     over_s = float(found.over.total_s)
-    for row in found.rows:
-        total_s = float(row.total_s)
-        rows.append((total_s, _cells(question, row, over_s), "bold green" if row is found.quickest else ""))
+    every = [(row.schedule.name, float(row.total_s), _cells(question, row, over_s)) for row in found.rows]
     for pair in question.pairs:
         both_s = found.pairs[pair.name]
-        cells = [pair.name, "", "", "", "", format_seconds(both_s), _ratio(over_s, both_s), "", ""]
-        rows.append((both_s, [*cells, f"{', '.join(pair.runs_on)} (pair)"], ""))
-    for _, cells, style in sorted(rows, key=lambda row: row[0]):
-        table.add_row(*cells, style=style)
+        cells = {"total": format_seconds(both_s), OVER: _ratio(over_s, both_s), RUNS_ON: f"{', '.join(pair.runs_on)} (pair)"}
+        every.append((pair.name, both_s, cells))
+    rows: list[Row] = []
+    for name, total_s, cells in every:
+        twin = next((row for row in rows if abs(row.total_s - total_s) <= EQUAL * total_s and row.cells == cells), None)
+        if twin is None:
+            rows.append(Row(names=[name], total_s=total_s, cells=cells))
+        else:
+            twin.names.append(name)
+    return sorted(rows, key=lambda row: row.total_s)
+
+
+def schedule_table(rows: Sequence[Row], found: Compared, without: Collection[str] = ()) -> Table:
+    """Every row, without some columns and those in which nothing stands."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("schedule", no_wrap=True, vertical="bottom")
+    shown = [name for name in COLUMNS if name not in without and any(row.cells.get(name) for row in rows)]
+    for name in shown:
+        head = {FORWARD_CHUNKS: "r", BACKWARD_CHUNKS: "r", OVER: f"over\n{found.over.schedule.name}"}.get(name, name)
+        table.add_column(head, justify="left" if name in (*BOUND, RUNS_ON) else "right", no_wrap=True, vertical="bottom")
+    for row in rows:
+        style = "bold green" if found.quickest.schedule.name in row.names else ""
+        table.add_row(row.names[0], *(row.cells.get(name, "") for name in shown), style=style)
     return table
 
 
-def _cells(question: Question, row: Priced, over_s: float) -> list[str]:
-    runs_on = "nothing: a bound" if row.schedule.name == IDEAL else ", ".join(row.schedule.runs_on) or "research"
-    chunks = [str(int(r)) if row.schedule.chunked else "" for r in (row.forward_degree, row.backward_degree)]
-    return [
-        row.schedule.name,
-        format_seconds(float(row.forward_s)),
-        chunks[0],
-        format_seconds(float(row.backward_s)),
-        chunks[1],
-        format_seconds(float(row.total_s)),
-        _ratio(over_s, float(row.total_s)),
-        bound(question, row, "forward"),
-        bound(question, row, "backward"),
-        runs_on,
-    ]
+def _cells(question: Question, row: Priced, over_s: float) -> dict[str, str]:
+    degrees = (row.forward_degree, row.backward_degree)
+    chunks = dict(zip(CHUNKS, (str(int(r)) for r in degrees), strict=True)) if row.schedule.chunked else {}
+    return {
+        "forward": format_seconds(float(row.forward_s)),
+        "backward": format_seconds(float(row.backward_s)),
+        "total": format_seconds(float(row.total_s)),
+        OVER: _ratio(over_s, float(row.total_s)),
+        BOUND[0]: bound(question, row, "forward"),
+        BOUND[1]: bound(question, row, "backward"),
+        RUNS_ON: "nothing: an ideal" if row.schedule.name == IDEAL else ", ".join(row.schedule.runs_on) or "research",
+        **chunks,
+    }
 
 
 def _ratio(over_s: float, seconds: float) -> str:
@@ -101,19 +139,38 @@ def bound(question: Question, row: Priced, direction: Direction) -> str:
 def reasons(question: Question, found: Compared) -> Iterator[str]:
     """What decides between the serial layouts, and where that changes."""
     best = found.quickest
-    yield (
-        f"quickest: {best.schedule.name}, r = {int(best.forward_degree)} forward and {int(best.backward_degree)} backward; "
-        f"serial layouts in order: {' < '.join(order(question))}"
+    chunks = (
+        f", r = {int(best.forward_degree)} forward and {int(best.backward_degree)} backward" if best.schedule.chunked else ""
     )
-    yield from (f"  {line}" for line in _equations(question, terms(question)))
+    yield f"quickest: {best.schedule.name}{chunks}; serial layouts in order: {_ordered(question)}"
+    layer = question.layer
+    if layer.mp == 1 and layer.esp == 1:
+        yield f"  with mp 1 and esp 1 {LAYOUTS[0]}, {LAYOUTS[1]} and {LAYOUTS[2]} move the same"
+    else:
+        yield from (f"  {line}" for line in _equations(question, terms(question)))
     for number in RANGES:
         changes = crossovers(question, number)
         if changes:
-            texts = [f"{c.below} up to {c.at:.4g}" for c in changes] + [f"then {changes[-1].above}"]
+            texts = [f"{c.below} up to {_amount(c.at)}" for c in changes] + [f"then {changes[-1].above}"]
             yield f"{number}: {', '.join(texts)}"
         else:
             least, most = RANGES[number]
-            yield f"{number}: {order(question)[0]} from {least:g} to {most:g} times the asked value"
+            asked = layer.capacity_factor if number == "capacity-factor" else layer.tokens
+            yield f"{number}: {order(question)[0]} all the way from {_amount(least * asked)} to {_amount(most * asked)}"
+
+
+def _amount(value: float) -> str:
+    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"
+
+
+def _ordered(question: Question) -> str:
+    """The serial layouts, "<" between them, "=" where they take the same."""
+    rows = serial(question)
+    text = rows[0].schedule.name
+    for one, other in pairwise(rows):
+        same = float(other.total_s) <= float(one.total_s) * (1.0 + EQUAL)
+        text += f" {'=' if same else '<'} {other.schedule.name}"
+    return text
 
 
 def _equations(question: Question, t: Terms) -> Iterator[str]:

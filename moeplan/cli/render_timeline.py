@@ -6,6 +6,7 @@ apart, it shows both. Colours on a terminal, letters elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,8 @@ _MARKS = {
     "waiting": (".", "·", "dim"),
 }
 """Letter, character and colour of each state."""
+_TICK = 14
+"""Characters from one time of the axis to the next, at least."""
 _LEAST_OF_BOTH = 0.2
 """Share of a stretch that forward and backward must have each, for both to be shown."""
 
@@ -37,33 +40,57 @@ _LEAST_OF_BOTH = 0.2
 def gantt(plan: Plan, timeline: StepTimeline, width: int, *, colours: bool) -> Iterator[Text | Table]:
     """Title, chart, legend."""
     yield Text(title(plan), style="bold")
-    yield Text(
-        f"{plan.layout.degrees()}, {timeline.schedule}, {timeline.batches} micro-batches"
-        + (f", sends {format_seconds(timeline.send_s)}" if timeline.send_s else "")
-    )
+    yield Text(headline(plan, timeline))
     yield Text()
-    columns = max(20, width - 32)
+    columns = max(20, width - 37)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     table.add_column("stage", justify="right", no_wrap=True)
-    end = format_seconds(timeline.step_s)
-    table.add_column(f"0{'time':^{columns - len(end) - 1}}{end}", no_wrap=True, width=columns)
-    for name in ("busy", "waits", "peak"):
+    table.add_column(time_axis(timeline.step_s, columns), no_wrap=True, width=columns)
+    for name in ("busy", "waits", "peak GiB"):
         table.add_column(name, justify="right", no_wrap=True)
-    ranks = shown_ranks(timeline.ranks)
-    peaks = timeline.peak_bytes
+    ranks, peaks, seen = shown_ranks(timeline.ranks), timeline.peak_bytes, set[str]()
     for rank in ranks:
         states = stage_states(timeline, rank, columns)
-        cells = [f"{timeline.busy_s[rank] / timeline.step_s:.0%}", f"{timeline.idle_s[rank] / timeline.step_s:.0%}"]
+        seen |= set(states)
+        cells = [f"{share(s[rank] / timeline.step_s, 2):.0%}" for s in (timeline.busy_s, timeline.idle_s)]
         style = "bold" if rank == timeline.busiest else ""
         table.add_row(Text(str(rank), style=style), _row(states, colours), *cells, f"{peaks[rank] / GIB:.1f}")
     yield table
     legend = Text("      ")
     for name, (letter, block, style) in _MARKS.items():
-        legend.append(*((block, style) if colours else (letter, None)))
-        legend.append(f" {name}   ")
+        if name in seen:
+            legend.append(*((block, style) if colours else (letter, None)))
+            legend.append(f" {name}   ")
+    legend.rstrip()
     yield legend
     if len(ranks) < timeline.ranks:
         yield Text(f"      {len(ranks)} of {timeline.ranks} stages are shown", style="dim")
+
+
+def headline(plan: Plan, timeline: StepTimeline) -> str:
+    """Degrees, pipeline schedule, micro-batches, seconds of a send."""
+    piped = f"{timeline.schedule}, " if timeline.ranks > 1 else ""
+    sends = f", sends {format_seconds(timeline.send_s)}" if timeline.send_s else ""
+    return f"{plan.layout.degrees()}, {piped}{timeline.batches} micro-batches{sends}"
+
+
+def time_axis(step_s: float, columns: int) -> str:
+    """Round times, each ending with the "|" of the stretch in which it lies, as many as fit."""
+    rough = step_s / max(3, columns // _TICK)
+    power = 10.0 ** math.floor(math.log10(rough))
+    tick = next(k * power for k in (1.0, 2.0, 5.0, 10.0) if k * power >= rough * (1.0 - 1e-9))
+    out = "0"
+    for i in range(1, int(step_s / tick) + 1):
+        label = f"{format_seconds(i * tick)}|"
+        begin = min(int(i * tick / step_s * columns), columns - 1) + 1 - len(label)
+        if begin > len(out):
+            out = f"{out:<{begin}}{label}"
+    return out
+
+
+def share(part: float, digits: int) -> float:
+    """A share rounded to digits, without the sign of a negative zero."""
+    return round(part, digits) + 0.0
 
 
 def shown_ranks(count: int) -> list[int]:
@@ -120,24 +147,24 @@ def _row(states: list[str], colours: bool) -> Text:
 
 
 def summary_lines(plan: Plan, timeline: StepTimeline) -> Iterator[Text]:
-    """The simulated step beside the closed form."""
-    difference = timeline.step_s / timeline.closed_s - 1.0
+    """The simulated step beside its price."""
+    difference = timeline.step_s / timeline.priced_s - 1.0
     yield Text()
     yield Text(
-        f"step {format_seconds(timeline.step_s)} simulated, {format_seconds(timeline.closed_s)} by the closed form: "
-        f"{difference:+.1%}",
+        f"step {format_seconds(timeline.step_s)} simulated, {format_seconds(timeline.priced_s)} by its price: "
+        f"{share(difference, 3):+.1%}",
         style="yellow" if abs(difference) >= 0.05 else "",
     )
     busiest = timeline.busiest
-    yield Text(
-        f"stages wait {timeline.bubble_share:.1%} of their time; the busiest is stage {busiest} with "
-        f"{format_seconds(float(timeline.busy_s[busiest]))} of passes"
-    )
+    waits = f"stages wait {share(timeline.bubble_share, 3):.1%} of their time; the busiest is stage {busiest} with "
+    busy = format_seconds(float(timeline.busy_s[busiest]))
+    yield Text(f"{waits}{busy} of passes" if timeline.ranks > 1 else f"passes take {busy}")
     fullest = int(np.argmax(timeline.peak_bytes))
-    peak = float(timeline.peak_bytes[fullest])
+    peak, problem = float(timeline.peak_bytes[fullest]), plan.problem
     more = f", {format_bytes(plan.peak_bytes)} in the plan" if abs(peak - plan.peak_bytes) > 1e-6 * peak else ", as in the plan"
-    over = float(plan.problem.excess_bytes(peak)) > 0
+    over = float(problem.excess_bytes(peak)) > 0
     yield Text(
-        f"peak {format_bytes(peak)} allocated on stage {fullest}{more}" + (": DOES NOT FIT" if over else ""),
+        f"peak {format_bytes(peak)} allocated on stage {fullest}{more}; "
+        f"{'DOES NOT FIT: ' if over else ''}up to {format_bytes(problem.peak_limit_bytes)} fit",
         style="red" if over else "",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,7 @@ def schedule(
     numbers above or of a constant (a2a-us, a2a-gb-per-s, gemm-tflop-per-s). Forward and backward choose their chunks apart.
     """
     _check_outputs(sweeps, output, plot, as_json=as_json)
-    asked, constants, errors = _asked(options, constants_ref, cluster_ref, profile_file)
+    asked, constants, errors = _asked(options, constants_ref, cluster_ref, profile_file, [s.partition("=")[0] for s in sweeps])
     asked = _chosen(asked, options["schedules"], over, swept=bool(sweeps))
     if sweeps:
         return _sweep(_with_degrees(asked, options["degrees"]), constants, sweeps, output, plot, fitted=bool(errors))
@@ -148,9 +148,13 @@ def _check_outputs(sweeps: tuple[str, ...], output: Path | None, plot: Path | No
 
 
 def _asked(
-    options: dict[str, Any], constants_ref: str | None, cluster_ref: str | None, profile_file: Path | None
+    options: dict[str, Any],
+    constants_ref: str | None,
+    cluster_ref: str | None,
+    profile_file: Path | None,
+    swept: Sequence[str],
 ) -> tuple[Asked, Constants, dict[str, float]]:
-    """What is asked, on which constants, and the errors of their fit where there is one."""
+    """What is asked, on which constants, and the errors of their fit where there is one; `swept` names what varies."""
     from moeplan.costmodels.moe.constants import OPERATIONS, Constants, load_constants, parse_constant
     from moeplan.planner.layer_question import NUMBERS, Asked
 
@@ -166,8 +170,8 @@ def _asked(
     else:
         raise UsageError("no constants", hint="give --constants fsmoe-a, --cluster h100x64, or --a2a, --all-gather, ... each")
     numbers: dict[str, Any] = {"element-bytes": constants.element_bytes, **constants.groups}
-    if typed["ranks"] is not None:
-        numbers.pop("ep", None)
+    if typed["ranks"] is not None or "ranks" in swept:
+        numbers.pop("ep", None)  # that of the constants
     numbers |= _model_numbers(options["model_ref"])
     numbers |= {name: typed[name] for name in NUMBERS if typed[name] is not None}
     numbers["gemms"] = int(numbers.get("gemms", 3))
@@ -194,6 +198,12 @@ def _fitted(asked: Asked, profile: Profile, given: dict[str, Any]) -> tuple[Aske
     )
     carried = float(asked.numbers.get("gradient-bytes", 0.0))
     fit = fit_constants(profile, layer.size, experts, most_chunks=DEGREES[-1], gradient_bytes=carried)
+    if carried and "gradient-all-reduce" not in {**fit.constants.given, **given}:
+        raise UsageError(
+            f"--gradient-bytes: the {layer.ep * layer.esp} ranks of the layer are one tensor-parallel group, mp {layer.mp}, "
+            "which reduces no gradients",
+            hint="lower --mp, or give --gradient-all-reduce ALPHA,BETA",
+        )
     numbers = {"kappa": profile.overlap_loss, **asked.numbers}
     errors = {name: error for name, error in fit.errors.items() if name not in given}
     return dataclasses.replace(asked, numbers=numbers), fit.constants.over(given), errors
@@ -227,6 +237,11 @@ def _chosen(asked: Asked, text: str | None, over: str, *, swept: bool) -> Asked:
     from moeplan.costmodels.moe.schedules import PAIR_SCHEDULES, SCHEDULES, find_schedule
     from moeplan.errors import UnknownNameError
 
+    pairs = {schedule.name: schedule for schedule in PAIR_SCHEDULES}
+    if over in pairs:
+        raise UsageError(
+            f"--over {over}: a pair of directions, and ratios are over one schedule", hint="use --over hierarchical"
+        )
     find_schedule(over)
     if text is None:
         idle = {"lina"} if swept else set()
@@ -234,7 +249,6 @@ def _chosen(asked: Asked, text: str | None, over: str, *, swept: bool) -> Asked:
         chosen = tuple(schedule for schedule in SCHEDULES if schedule.name not in idle)
         return dataclasses.replace(asked, schedules=chosen, pairs=() if swept else PAIR_SCHEDULES)
     single = {schedule.name: schedule for schedule in SCHEDULES}
-    pairs = {schedule.name: schedule for schedule in PAIR_SCHEDULES}
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
         if name not in single and name not in pairs:
@@ -252,7 +266,10 @@ def _with_degrees(asked: Asked, text: str | None) -> Asked:
     """The question with the chunks that were typed."""
     if text is None:
         return asked
-    degrees = tuple(sorted({CHUNKS.convert(part.strip(), None, None) for part in text.split(",")}))
+    try:
+        degrees = tuple(sorted({CHUNKS.convert(part.strip(), None, None) for part in text.split(",")}))
+    except click.BadParameter as error:
+        raise UsageError(f"--degrees {text}: {error.message}", hint="write it like 1,2,4") from None
     return dataclasses.replace(asked, degrees=degrees)
 
 
@@ -273,6 +290,7 @@ def _sweep(
     """The table of a sweep on stdout or in a file, and its picture."""
     from moeplan.planner import layer_sweep
     from moeplan.planner.layer_question import SWEPT
+    from moeplan.records import save_text
 
     axes = [layer_sweep.parse_axis(text, SWEPT) for text in sweeps]
     count = layer_sweep.points(axes)
@@ -311,6 +329,6 @@ def _sweep(
                 progress(done, count)
                 yield text
 
-        layer_sweep.save_blocks(output, texts(), "table of the sweep")
+        save_text(output, texts(), "table of the sweep")
     click.echo(f"{count:,} points of {len(names)} schedules written to {output}", err=True)
     return 0

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeplan.cli.options import check_writable, json_option, print_json, remark
+from moeplan.cli.options import check_writable, json_option, print_json, progress_bar, remark
 from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
     from moeplan.costmodels.timeline import StepTimeline
     from moeplan.planner.plan import Plan
+
+MOST_SLOW = 1000
+"""Larger factors are taken for slips."""
 
 
 @click.command()
@@ -46,8 +49,8 @@ def simulate(
       moeplan simulate plan.yaml --trace trace.json --html step.html
       moeplan simulate plan.yaml --slow 3=1.2 --load-spread 0.3 --seed 1
 
-    The times are those of the closed form, run through the schedule of the pipeline: where stages or chunks are unequal,
-    the two differ. Open a trace at https://ui.perfetto.dev or chrome://tracing.
+    The times are those of the plan, pass by pass; sends and unequal exchanges meet as they do. Open a trace at
+    https://ui.perfetto.dev or chrome://tracing.
     """
     factors = _factors(slow)
     _check_outputs(plan_file, {"--trace": trace, "--html": html})
@@ -64,7 +67,8 @@ def simulate(
         from moeplan.costmodels.trace import step_trace
 
         written = step_trace(timeline, plan.problem.profile, plan.layout)
-        written.save(trace)
+        with progress_bar("writing the trace") as report:
+            written.save(trace, report)
         if written.remark:
             remark(written.remark)
     if html is not None:
@@ -79,7 +83,8 @@ def simulate(
     from moeplan.cli.render_timeline import gantt, summary_lines
 
     out = console()
-    for block in (*gantt(plan, timeline, out.width, colours=out.is_terminal), *summary_lines(plan, timeline)):
+    colours = out.color_system is not None and not out.no_color and out.encoding.startswith("utf")
+    for block in (*gantt(plan, timeline, out.width, colours=colours), *summary_lines(plan, timeline)):
         out.print(block)
     for path in (trace, html):
         if path is not None:
@@ -96,6 +101,8 @@ def _factors(slow: tuple[str, ...]) -> dict[int, float]:
             rank, value = int(stage), float(factor)
         except ValueError:
             raise UsageError(f"--slow {text}: not a stage and a factor", hint="write it like --slow 3=1.2") from None
+        if value > MOST_SLOW:
+            raise UsageError(f"--slow {text}: stages up to {MOST_SLOW} times as slow are simulated", hint="write it like 3=1.2")
         if rank in out:
             raise UsageError(f"--slow {text}: stage {rank} is already {out[rank]:g} times as slow")
         out[rank] = value
@@ -104,14 +111,25 @@ def _factors(slow: tuple[str, ...]) -> dict[int, float]:
 
 def _check_outputs(plan_file: Path, files: dict[str, Path | None]) -> None:
     """Refuse files that cannot be written, and one that would be written over another."""
-    seen = {plan_file.absolute(): "the plan"}
+    seen = [(plan_file, "the plan")]
     for option, path in files.items():
         if path is None:
             continue
-        if path.absolute() in seen:
-            raise UsageError(f"{option} {path} would overwrite {seen[path.absolute()]}", hint="give another path")
-        seen[path.absolute()] = f"what {option} writes"
+        for other, what in seen:
+            if _same_file(path, other):
+                raise UsageError(f"{option} {path} would overwrite {what}", hint="give another path")
+        seen.append((path, f"what {option} writes"))
         check_writable(path, "trace" if option == "--trace" else "page")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, through links too; devices and pipes hold nothing to overwrite."""
+    try:
+        if one.exists() and other.exists():
+            return one.is_file() and one.samefile(other)
+        return one.resolve() == other.resolve()
+    except OSError:  # one of them cannot even be looked at: opening it says why
+        return False
 
 
 def _check_spread(plan: Plan, load_spread: float, seed: int) -> None:
@@ -132,8 +150,8 @@ def _data(plan: Plan, timeline: StepTimeline) -> dict[str, Any]:
         "micro_batches": timeline.batches,
         "passes": len(timeline.passes.rank),
         "step_s": timeline.step_s,
-        "closed_form_step_s": timeline.closed_s,
-        "difference": timeline.step_s / timeline.closed_s - 1.0,
+        "plan_step_s": timeline.priced_s,
+        "difference": timeline.step_s / timeline.priced_s - 1.0,
         "bubble_share": timeline.bubble_share,
         "busiest_stage": timeline.busiest,
         "peak_bytes": float(peaks.max()),

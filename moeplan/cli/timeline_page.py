@@ -1,6 +1,7 @@
 """A simulated step as one self-contained web page: timeline and memory curve, zoomed by the wheel, explained under the pointer.
 
-Times travel as whole microseconds, memory as MiB; nothing is loaded from elsewhere.
+A row a stage; the curve is that of the stage which was clicked, at first of the fullest, under the most that may be allocated.
+Times travel as whole microseconds, memory as MiB; nothing is loaded from elsewhere. Passes narrower than a pixel share it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import numpy as np
 
 from moeplan.cli.render import title
+from moeplan.cli.render_timeline import headline, share
 from moeplan.costmodels.constants import STEP
 from moeplan.costmodels.pipeline.action import KINDS
 from moeplan.costmodels.timeline import StepTimeline
@@ -47,8 +49,13 @@ for (const s of D.stages) {  // starts and memory times were sent as differences
   t = 0; s.time = s.time.map(d => t += d);
 }
 document.getElementById("legend").innerHTML =
-  Object.keys(WORDS).map(k => `<i style="background:${COLOURS[k]}"></i>${WORDS[k]}`).join("");
+  Object.keys(WORDS).map(k => `<i style="background:${COLOURS[k]}"></i>${WORDS[k]}`).join("") +
+  '<i style="border:1px solid #ddd"></i>waits<i style="height:0;border-top:2px dashed #c44;vertical-align:middle"></i>limit';
 const label = us => us >= 1e6 ? (us / 1e6).toPrecision(4) + " s" : us >= 1e3 ? (us / 1e3).toPrecision(4) + " ms" : us + " us";
+function round(rough) {  // the next of 1, 2, 5, 10, 20, ...
+  const ten = 10 ** Math.floor(Math.log10(rough));
+  return [1, 2, 5, 10].find(k => k * ten >= rough * 0.999999) * ten;
+}
 function first(list, t) {  // place of the last entry that is not after t
   let a = 0, b = list.length;
   while (a < b) { const m = (a + b) >> 1; if (list[m] <= t) a = m + 1; else b = m; }
@@ -64,11 +71,12 @@ function prepare(canvas, height) {
 const x = (us, width) => LEFT + (us - from) / (to - from) * (width - LEFT);
 const at = (px, width) => from + (px - LEFT) / (width - LEFT) * (to - from);
 function axis(g, width, y) {
-  const rough = (to - from) / 8, ten = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find(k => k * ten >= rough) * ten;
+  const step = round((to - from) / 8), [word, unit] = to >= 1e6 ? ["s", 1e6] : to >= 1e3 ? ["ms", 1e3] : ["us", 1];
+  const digits = Math.max(0, Math.ceil(-Math.log10(step / unit) - 1e-6));
   g.fillStyle = "#666"; g.textAlign = "center";
-  for (let t = Math.ceil(from / step) * step; t <= to; t += step) {
-    g.fillRect(x(t, width), y, 1, 4); if (x(t, width) < width - 25) g.fillText(label(Math.round(t)), x(t, width), y + 15);
+  for (let k = Math.ceil(from / step); k * step <= to; k++) {
+    const p = x(k * step, width);
+    g.fillRect(p, y, 1, 4); if (p < width - 25) g.fillText((k * step / unit).toFixed(digits) + " " + word, p, y + 15);
   }
 }
 function drawTime() {
@@ -102,9 +110,10 @@ function bar(g, width, y, a, b, colour) {
 }
 function drawMemory() {
   const height = 180, [g, width] = prepare(memory, height + AXIS), s = D.stages[picked];
-  const most = Math.max(D.device, ...D.stages.map(o => o.peak)) * 1.04, y = mib => height - mib / most * height;
+  const most = Math.max(D.limit, ...D.stages.map(o => o.peak)) * 1.04, y = mib => height - mib / most * height;
+  const [peak, limit, device] = [s.peak, D.limit, D.device].map(mib => (mib / 1024).toFixed(1) + " GiB");
   document.getElementById("which").textContent =
-    `Memory of stage ${picked}: peak ${(s.peak / 1024).toFixed(2)} GiB allocated, device ${(D.device / 1024).toFixed(1)} GiB`;
+    `Memory of stage ${picked}: peak ${peak} allocated, up to ${limit} of the device's ${device} fit`;
   g.save(); g.beginPath(); g.rect(LEFT, 0, width - LEFT, height); g.clip();
   g.beginPath(); g.moveTo(LEFT, height);
   let i = first(s.time, from);
@@ -116,18 +125,23 @@ function drawMemory() {
   g.lineTo(x(Math.min(to, D.step), width), y(s.held[Math.max(0, i - 1)])); g.lineTo(x(Math.min(to, D.step), width), height);
   g.fillStyle = "#4878d033"; g.fill(); g.strokeStyle = "#4878d0"; g.stroke(); g.restore();
   g.setLineDash([5, 4]); g.strokeStyle = "#c44";
-  g.beginPath(); g.moveTo(LEFT, y(D.device)); g.lineTo(width, y(D.device)); g.stroke();
+  g.beginPath(); g.moveTo(LEFT, y(D.limit)); g.lineTo(width, y(D.limit)); g.stroke();
   g.setLineDash([]); g.fillStyle = "#666"; g.textAlign = "right";
-  for (let k = 0; k <= 4; k++) {
-    g.fillText((most * k / 4 / 1024).toFixed(0) + " GiB", LEFT - 4, Math.min(height - 2, y(most * k / 4) + 10));
+  const step = round(most / 1024 / 5);
+  for (let gib = 0; gib * 1024 <= most; gib += step) {
+    g.fillText(+gib.toPrecision(3) + " GiB", LEFT - 4, Math.max(9, Math.min(height - 2, y(gib * 1024) + 4)));
   }
   axis(g, width, height);
 }
-function draw() { drawTime(); drawMemory(); }
+let asked = false;
+function draw() {  // once a frame, however many events ask for it
+  if (asked) return;
+  asked = true; requestAnimationFrame(() => { asked = false; drawTime(); drawMemory(); });
+}
 function show(event, text) {
   tip.textContent = text; tip.style.display = text ? "block" : "none";
   tip.style.left = Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8) + "px";
-  tip.style.top = event.clientY + 14 + "px";
+  tip.style.top = Math.min(event.clientY + 14, window.innerHeight - tip.offsetHeight - 8) + "px";
 }
 let held = null, moved = false;
 for (const canvas of [time, memory]) {
@@ -144,6 +158,7 @@ for (const canvas of [time, memory]) {
     held = null; const row = Math.floor(event.offsetY / ROW);
     if (!moved && canvas === time && row < D.stages.length) { picked = row; draw(); }
   });
+  canvas.addEventListener("pointercancel", () => { held = null; });
   canvas.addEventListener("pointerleave", event => show(event, ""));
   canvas.addEventListener("dblclick", () => { from = 0; to = D.step; draw(); });
   canvas.addEventListener("pointermove", event => {
@@ -181,14 +196,15 @@ def timeline_page(plan: Plan, timeline: StepTimeline) -> str:
         "chunks": plan.layout.vpp,
         "fullest": fullest,
         "device": round(plan.problem.device_bytes / MIB, 1),
+        "limit": round(plan.problem.peak_limit_bytes / MIB, 1),
         "stages": [_stage(timeline, rank) for rank in range(timeline.ranks)],
     }
     summary = (
-        f"{plan.layout.degrees()}, {timeline.schedule}, {timeline.batches} micro-batches. "
-        f"Step {format_seconds(timeline.step_s)} simulated, {format_seconds(timeline.closed_s)} by the closed form "
-        f"({timeline.step_s / timeline.closed_s - 1:+.1%}); "
-        f"stages wait {timeline.bubble_share:.1%} of their time; peak {format_bytes(float(timeline.peak_bytes[fullest]))} "
-        f"on stage {fullest}."
+        f"{headline(plan, timeline)}. "
+        f"Step {format_seconds(timeline.step_s)} simulated, {format_seconds(timeline.priced_s)} by its price "
+        f"({share(timeline.step_s / timeline.priced_s - 1.0, 3):+.1%}); "
+        f"stages wait {share(timeline.bubble_share, 3):.1%} of their time; "
+        f"peak {format_bytes(float(timeline.peak_bytes[fullest]))} on stage {fullest}."
     )
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     page = _PAGE.replace("__TITLE__", html.escape(title(plan))).replace("__SUMMARY__", html.escape(summary))

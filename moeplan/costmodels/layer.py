@@ -165,7 +165,8 @@ def _routed_share(block: Moe, model: Model, profile: Profile, workload: Workload
     chunks: tuple[Any, Any] = (1.0, 1.0)
     if layouts.shared_overlap.any() and block.shared_width:
         gains = shared_gain_s(question)
-        there, back = (there - np.where(layouts.shared_overlap, gain, 0.0) for gain in gains)
+        apart = layouts.shared_overlap & ~layouts.ep_overlap  # 1F1B overlap hides the exchange already, and excludes this
+        there, back = (there - np.where(apart, gain, 0.0) for gain in gains)
     if any(layouts.schedules):
         left = exposed(question, there, back, launches * launch_s(profile, workload))
         there, back, chunks = left.forward_s, left.backward_s, (left.forward_chunks, left.backward_chunks)

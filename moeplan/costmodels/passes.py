@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moeplan.costmodels.activations import rank_tokens, shard
 from moeplan.costmodels.constants import STEP
 from moeplan.costmodels.counts import mtp_weights
@@ -53,6 +55,21 @@ def unit_passes(model: Model, profile: Profile, workload: Workload, dense: Layou
         parts.merge(_mean([d for d, _ in depths]))
         units.append(UnitPasses("prediction", parts, _mean([r for _, r in depths if r.forward], len(depths))))
     return units
+
+
+def pass_totals(
+    model: Model, profile: Profile, workload: Workload, dense: Layouts, routed: Layouts
+) -> list[list[tuple[Any, Any]]]:
+    """Forward and backward seconds of every unit, all parts together: on `dense` and on `routed`, [n] each."""
+    units = unit_passes(model, profile, workload, dense, routed)
+
+    def total(parts: dict[str, Any], layouts: Layouts) -> Any:
+        return np.broadcast_to(sum(parts.values(), 0.0), len(layouts))
+
+    return [
+        [(total(getattr(u.dense, way), dense), total(getattr(u.routed, way), routed)) for u in units]
+        for way in ("forward", "backward")
+    ]
 
 
 def head_passes(model: Model, profile: Profile, workload: Workload, layouts: Layouts) -> PassTimes:

@@ -3,8 +3,8 @@
 A rank is fullest in the backward of a layer or of the output head, with the activations of all micro-batches in flight, or in
 the optimizer step, when these are gone but bf16 gradients are copied to fp32. In flight (arXiv:2104.04473): 1F1B holds p - r
 micro-batches on rank r of p. Interleaved over v chunks a rank has run 2 (p - 1 - r) + (v - 1) p + 1 chunks forward when its
-first backward starts: p micro-batches of each chunk, more of the first chunk on the first half of the ranks, fewer of the last
-one on the second half. Never more than the micro-batches of the step. Units: bytes, [n].
+first backward starts, and is fullest then or, where its chunks differ, at a later moment (`moments.py`). Never more than the
+micro-batches of the step. Units: bytes, [n]. Interleaved micro-batches are taken as a multiple of p.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def moment_parts(
         parts["pipeline buffers"] = batches * batch.sent
     working = batch.working + batch.again
     if ranks.head[k]:
-        parts["logits and loss"] = batch.logits
+        parts["logits and loss"] = logits = _logits(pp, vpp, ranks, batch, batches, parts["activations"])
         # What PyTorch's FSDP runs report is the reserved pool: blocks that layers left are too small for the loss.
-        working = working if pytorch else np.maximum(working - batch.logits, 0.0)
+        working = working if pytorch else np.maximum(working - logits, 0.0)
     parts["working set"] = working
     if workload.gradient_bytes == 2 and not pytorch:
         parts["optimizer step"] = np.maximum(step - functools.reduce(np.add, parts.values()), 0.0)
@@ -129,32 +129,33 @@ def sent_bytes(model: Model, workload: Workload, layouts: Layouts) -> Any:
 
 def in_flight(pp: Any, vpp: Any, rank: Any, batches: Any) -> Any:
     """Micro-batches whose activations a pipeline rank of equal chunks holds at its peak, in units of all its layers."""
-    ahead = _ahead(pp, vpp, rank)
-    most, more = np.minimum(batches, pp), _more(pp, vpp, ahead, batches)
-    last = np.minimum(batches, pp + np.minimum(ahead, 0.0))
-    return most + (more + last - most) / vpp
+    return np.minimum(batches, np.where(np.greater(vpp, 1), pp + (pp - 1 - 2 * rank) / vpp, pp - rank))
 
 
 def activation_bytes(pp: int, vpp: int, ranks: Ranks, k: int, saved: Sequence[Any], predicted: Any, batches: Any) -> Any:
     """Saved bytes of all micro-batches that rank k of `ranks` holds at its peak, [n].
 
-    `saved`: of one layer of each kind; `predicted`: of one prediction layer, which stands in the last chunk.
+    `saved`: of one layer of each kind; `predicted`: of one prediction layer.
     """
-    ahead = float(_ahead(pp, vpp, ranks.rank[k]))
-    most, last = np.minimum(batches, pp), np.minimum(batches, pp + min(ahead, 0.0))
-    held = most * _weighted(ranks.kinds[k] - ranks.last[k], saved)
-    held = held + last * (_weighted(ranks.last[k], saved) + ranks.mtp[k] * predicted)
-    return held + _more(pp, vpp, ahead, batches) * _weighted(ranks.first[k], saved) if ahead > 0 else held
+    if vpp == 1:
+        return np.minimum(batches, pp - ranks.rank[k]) * (_weighted(ranks.kinds[k], saved) + ranks.mtp[k] * predicted)
+    once, longer = ranks.moments[k]
+    most = _most(_weighted(moment, (*saved, predicted)) for moment in longer)
+    short = most if once is longer else _most(_weighted(moment, (*saved, predicted)) for moment in once)
+    return np.where(batches > pp, most, _share(pp, batches) * short)
 
 
-def _ahead(pp: Any, vpp: Any, rank: Any) -> Any:
-    """Chunks that a rank has run forward at its peak beyond one round of pp micro-batches through all its chunks."""
-    return np.where(np.greater(vpp, 1), pp - 1 - 2 * rank, -rank)
+def _logits(pp: int, vpp: int, ranks: Ranks, batch: MicroBatchMemory, batches: Any, activations: Any) -> Any:
+    """What the loss takes beyond `activations`, which may be those of another moment, [n]."""
+    if vpp == 1:
+        return batch.logits
+    meanwhile = _share(pp, batches) * _weighted(ranks.loss, (*batch.saved, batch.predicted))
+    return np.maximum(batch.logits + meanwhile - activations, 0.0)
 
 
-def _more(pp: Any, vpp: Any, ahead: Any, batches: Any) -> Any:
-    """Micro-batches of a second round in the first chunk, where the step has so many."""
-    return np.minimum(np.maximum(ahead, 0.0), vpp * np.maximum(batches - pp, 0.0))
+def _share(pp: int, batches: Any) -> Any:
+    """Of pp micro-batches, those that the step has."""
+    return np.minimum(batches / pp, 1.0)
 
 
 def _weighted(counts: Any, values: Sequence[Any]) -> Any:

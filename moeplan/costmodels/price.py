@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from moeplan.costmodels.breakdown import Breakdown
+from moeplan.costmodels.bubble import exact_span_s, least_span_s
 from moeplan.costmodels.constants import MEMORY, STEP
 from moeplan.costmodels.layer import DENSE_FIELDS, ROUTED_FIELDS, fold, without_experts
 from moeplan.costmodels.layout import SHARDINGS, Codes, Layouts
@@ -31,10 +31,13 @@ from moeplan.costmodels.memory import (
     unit_parameters,
 )  # fmt: skip
 from moeplan.costmodels.model import Model
+from moeplan.costmodels.passes import pass_totals
 from moeplan.costmodels.peak import LayerMemory, MicroBatchMemory, dense_memory, moment_parts, routed_memory
-from moeplan.costmodels.stages import Ranks, all_ranks, binding_ranks
+from moeplan.costmodels.stages import Ranks, all_ranks, binding_ranks, chunk_units, filling
 from moeplan.costmodels.step import (
     DataParallelTime,
+    KindCosts,
+    StepCost,
     UnitTime,
     data_parallel_exposed_s,
     data_parallel_times,
@@ -59,46 +62,21 @@ BLOCK = 16384
 """Rows priced at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """Seconds of a step."""
-
-    time: Breakdown
-    """Parts, [n]; layer parts are those of the slowest stage, for all its micro-batches."""
-    stage_s: Any
-    """Seconds of one micro-batch on every rank looked at, [K, n]."""
-
-
-@dataclass(frozen=True, slots=True)
-class KindCosts:
-    """What one layer of each kind costs the rank that holds it, [kinds, n] each."""
-
-    seconds: Any
-    """One micro-batch, forward and backward."""
-    state_bytes: Any
-    """Weights, gradients and optimizer states."""
-    saved_bytes: Any
-    """Kept for one micro-batch."""
-
-
-def step_cost(model: Model, profile: Profile, workload: Workload, layouts: Layouts, *, every_rank: bool = False) -> StepCost:
-    """Step time of every layout with all its parts."""
-    return Pricing(model, profile, workload, layouts, every_rank=every_rank).step_cost()
-
-
-def peak_memory(model: Model, profile: Profile, workload: Workload, layouts: Layouts, *, every_rank: bool = False) -> Breakdown:
-    """Peak allocated bytes by part, [K, n], of the ranks that can bind, or of `every_rank`; short splits repeat their first."""
-    return Pricing(model, profile, workload, layouts, every_rank=every_rank).peak_memory()
-
-
 class Pricing:
     """Tables for pricing `layouts`, made when first needed."""
 
     def __init__(
-        self, model: Model, profile: Profile, workload: Workload, layouts: Layouts, *, every_rank: bool = False
+        self,
+        model: Model,
+        profile: Profile,
+        workload: Workload,
+        layouts: Layouts,
+        every_rank: bool = False,
+        exact: bool = False,
     ) -> None:
+        """`every_rank`: look at all, not only at those that can bind. `exact`: run the passes of pipelines, see `bubble.py`."""
         self.model, self.profile, self.workload, self.layouts = model, profile, workload, layouts
-        self.every_rank = every_rank
+        self.every_rank, self.exact = every_rank, exact
         self._codes = Codes(layouts)
         dense = Codes(without_experts(layouts), self._codes, ("recompute",))
         self._dense, self._dense_of_row = dense.distinct(*DENSE_FIELDS)
@@ -109,8 +87,16 @@ class Pricing:
         """Step time of every row, [n]."""
         out = np.empty(len(self.layouts))
         for group, rows in self._blocks():
-            out[rows] = sum(self._step(group, rows).values())
+            out[rows] = sum(self._step(group, rows, exact=self.exact).values())
         return out
+
+    def exact_step_seconds(self, chosen: Any) -> Any:
+        """Exact step time of the rows at the places `chosen`, in their order."""
+        out, places = np.empty(len(self.layouts)), np.arange(len(self.layouts))
+        for group, rows in self._blocks():
+            if len(some := np.intersect1d(places[rows], chosen, assume_unique=True)):
+                out[some] = sum(self._step(group, some, exact=True).values())
+        return out[chosen]
 
     def peak_bytes(self) -> Any:
         """Peak allocation on the fullest rank of every row, [n]."""
@@ -133,7 +119,7 @@ class Pricing:
         parts: dict[str, Any] = {}
         stage_s = np.empty((self._most_ranks, n))
         for group, rows in self._blocks():
-            for name, seconds in self._step(group, rows, detail=True).items():
+            for name, seconds in self._step(group, rows, detail=True, exact=self.exact).items():
                 parts.setdefault(name, np.zeros(n))[rows] = seconds
             stages = self._stage_seconds(group, rows)
             for k in range(self._most_ranks):
@@ -166,18 +152,18 @@ class Pricing:
 
     # -- one block of rows that share a split ----------------------------------------------------------------------------
 
-    def _step(self, group: int, rows: Any, *, detail: bool = False) -> dict[str, Any]:
-        """Seconds of a step by part, [n]; without `detail` all layers are one part."""
+    def _step(self, group: int, rows: Any, *, exact: bool, detail: bool = False) -> dict[str, Any]:
+        """Seconds of a step by part, [n]; without `detail` all layers are one part, without `exact` waiting is bounded."""
         pp, vpp = self._degrees(group)
         batches = self._batches[rows]
         units = list(self._unit_seconds(rows))
         # 1. seconds of one micro-batch on the slowest rank, and on all ranks together
         stages = self._stage_seconds(group, rows, units)
         longest = functools.reduce(np.maximum, stages)
-        whole = sum(u.count * s for u, s in zip(self._units, units, strict=True))
-        # 2. the slowest rank's work for all micro-batches, and the others' filling and draining
+        # 2. the slowest rank's work for all micro-batches, and its waiting for others
         parts = self._layer_parts(group, rows, stages, batches) if detail else {"layers": batches * longest}
-        parts["pipeline bubble"] = np.maximum(whole - longest, 0.0) / vpp
+        waits = self._span(group, rows, units, exact) - batches * longest if pp > 1 else 0.0
+        parts["pipeline bubble"] = np.maximum(waits, 0.0)
         dense_place, expert_place = self._dense_spread[1][rows], self._expert_spread[1][rows]
         inside, across = (_gather(t, self._dense_of_row[rows]) for t in self._sends)
         one = np.where(self._stage_in_domain[dense_place], inside, across) if pp > 1 else inside
@@ -197,6 +183,16 @@ class Pricing:
         parts["optimizer"] = dense.optimizer[dense_place] + expert.optimizer[expert_place]
         parts["step overhead"] = STEP.overhead_s
         return parts
+
+    def _span(self, group: int, rows: Any, units: list[Any], exact: bool) -> Any:
+        """Seconds of the passes of all ranks, [n]: exact, or in closed form from below."""
+        split, batches = (self.model, *self._degrees(group), self._texts[group]), self._batches[rows]
+        least = least_span_s(filling(*split), units, batches)
+        if not exact:
+            return least
+        dense, routed = self._dense_of_row[rows], self._routed_of_row[rows]
+        there, back = ([_gather(one, dense) + _gather(two, routed) for one, two in way] for way in self._pass_totals)
+        return np.maximum(exact_span_s(chunk_units(*split), there, back, batches), least)
 
     def _stage_seconds(self, group: int, rows: Any, units: list[Any] | None = None) -> list[Any]:
         """Seconds of one micro-batch on each rank looked at, [n] each."""
@@ -288,10 +284,12 @@ class Pricing:
 
     @functools.cached_property
     def _ranks(self) -> list[Ranks]:
-        splits = self._splits[0]
         choose = all_ranks if self.every_rank else binding_ranks
-        texts = [splits.stages[int(s)] for s in splits.split]
-        return [choose(self.model, *self._degrees(g), text) for g, text in enumerate(texts)]
+        return [choose(self.model, *self._degrees(g), text) for g, text in enumerate(self._texts)]
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        return [self._splits[0].stages[int(s)] for s in self._splits[0].split]
 
     @functools.cached_property
     def _batches(self) -> Any:
@@ -315,6 +313,10 @@ class Pricing:
             )
             for u in self._units
         ]
+
+    @functools.cached_property
+    def _pass_totals(self) -> list[list[tuple[Any, Any]]]:
+        return pass_totals(self.model, self.profile, self.workload, self._dense, self._routed)
 
     @functools.cached_property
     def _sends(self) -> tuple[Any, Any]:

@@ -5,8 +5,8 @@ reduce-scatter among the etp ranks (g, s), experts with their permutes (e). `cos
 streams where the exchange crosses nodes, and the two streams of Tutel where it does not, since then gathers and exchange share
 the links. S1 sends each row to all etp shards of its experts in one all-to-all over ep x etp ranks; its closing gather is free,
 because sequence parallelism leaves every rank its own tokens. Overlap is imperfect: T + kappa (serial - T), with the profile's
-kappa. What stays beyond the experts' own time is the exposed exchange. More chunks mean more launches. Units: seconds, [n].
-Not valid without sequence parallelism under tensor parallelism, which S2 and the baselines are for.
+kappa and the serial time of one chunk. What stays beyond the experts' own time is the exposed exchange. More chunks mean more
+launches. Units: seconds, [n]. Not valid for tensor parallelism without sequence parallelism: S2 and the baselines are for that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.model import Model, Moe
 from moeplan.costmodels.moe.base import imperfect_s
 from moeplan.costmodels.moe.fsmoe import three_stream_s
-from moeplan.costmodels.moe.hierarchical import chunked_serial_s
 from moeplan.costmodels.moe.two_stream import two_stream_s
 from moeplan.costmodels.moe_choice import BEST, CHUNKED, DEGREES, IDEAL, NAMES, MoeChoice, parse_choices
 from moeplan.costmodels.routing import all_to_all_copies
@@ -103,10 +102,13 @@ def _without_router(parts: dict[str, Any]) -> Any:
     return sum(seconds for name, seconds in parts.items() if name != "router")
 
 
-def makespans(name: str, chunk: ChunkTimes, kappa: float) -> tuple[Any, Any]:
-    """Seconds of the exchange and the experts, forward and backward, under the named schedule with chunks like `chunk`."""
+def makespans(name: str, chunk: ChunkTimes, one: ChunkTimes, kappa: float) -> tuple[Any, Any]:
+    """Seconds of the exchange and the experts, forward and backward, under the named schedule with chunks like `chunk`.
+
+    `one`: all in one chunk, which is how long it takes where nothing overlaps.
+    """
     count, out = chunk.chunks, []
-    for experts in (chunk.forward_s, chunk.backward_s):
+    for experts, undivided in ((chunk.forward_s, one.forward_s), (chunk.backward_s, one.backward_s)):
         parts = {"D": chunk.exchange_s, "G": chunk.gather_s, "E": experts, "S": chunk.scatter_s, "C": chunk.exchange_s}
         if name == "s1":
             out.append(2.0 * chunk.fused_s + experts)
@@ -116,7 +118,8 @@ def makespans(name: str, chunk: ChunkTimes, kappa: float) -> tuple[Any, Any]:
             continue
         two = two_stream_s(count, parts)
         whole = two if name == "tutel" else np.where(chunk.across, three_stream_s(count, parts), two)
-        out.append(imperfect_s(whole, chunked_serial_s(count, parts), kappa))
+        serial = 2.0 * one.exchange_s + one.gather_s + undivided + one.scatter_s
+        out.append(imperfect_s(whole, np.maximum(serial, whole), kappa))
     return out[0], out[1]
 
 
@@ -154,11 +157,11 @@ def _chosen(question: RoutedLayer, choice: MoeChoice) -> Exposed:
     """What one choice leaves exposed under every layout."""
     whole, kappa = question.chunk(1), question.profile.overlap_loss
     factor = question.profile.exposed
-    forward = makespans(choice.name, question.chunk(choice.forward), kappa)[0] - whole.forward_s
-    backward = makespans(choice.name, question.chunk(choice.backward), kappa)[1] - whole.backward_s
+    forward = makespans(choice.name, question.chunk(choice.forward), whole, kappa)[0] - whole.forward_s
+    backward = makespans(choice.name, question.chunk(choice.backward), whole, kappa)[1] - whole.backward_s
     return Exposed(
-        forward_s=factor * forward,
-        backward_s=factor * backward,
+        forward_s=factor * np.maximum(forward, 0.0),
+        backward_s=factor * np.maximum(backward, 0.0),
         forward_chunks=choice.forward,
         backward_chunks=choice.backward,
     )
@@ -184,7 +187,7 @@ def options(question: RoutedLayer, launches_s: Any, names: Sequence[str] = NAMES
         found = []
         for direction, experts in enumerate((whole.forward_s, whole.backward_s)):
             launch = launches_s * (HOST.backward if direction else 1.0)
-            left = [factor * (makespans(name, parts[r], kappa)[direction] - experts) for r in degrees]
+            left = [factor * np.maximum(makespans(name, parts[r], whole, kappa)[direction] - experts, 0.0) for r in degrees]
             cost = [x + visible_host_s(experts + x, launch * r) for x, r in zip(left, degrees, strict=True)]
             # [degrees, n]
             table, costs = (np.stack(np.broadcast_arrays(*values)) for values in (left, cost))

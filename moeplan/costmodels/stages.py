@@ -15,12 +15,14 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.costmodels.counts import attention_flops_per_token, layer_weights, mtp_weights
 from moeplan.costmodels.model import Layer, Model
+from moeplan.costmodels.moments import compositions
 from moeplan.errors import LayoutError
 
 Floats = npt.NDArray[np.float64]
@@ -161,10 +163,11 @@ class Ranks:
     """Copies of the embedding: where tokens enter, and where prediction layers stand in another chunk, [K]."""
     norms: Floats
     """Final norms: with the head; beside the last decoder layer if prediction layers follow it, but in Mamba hybrids, [K]."""
-    first: Floats
-    """Decoder layers of each kind in the rank's first chunk, which most micro-batches have entered, [K, kinds]."""
-    last: Floats
-    """Decoder layers of each kind in the rank's last chunk, [K, kinds]."""
+    moments: tuple[tuple[Floats, Floats], ...]
+    """Of each rank of several chunks, when it can be fullest: layers of each kind and prediction layers times micro-batches in
+    flight, [moments, kinds + 1]. Those of steps of pp micro-batches, and of longer ones. Empty for ranks of one chunk."""
+    loss: Floats
+    """The same on the rank with the head while it works on its last chunk: one micro-batch there, pp in others, [kinds + 1]."""
 
 
 def chunk_letters(model: Model, pp: int, vpp: int, split: str) -> tuple[str, ...]:
@@ -179,74 +182,134 @@ def chunk_letters(model: Model, pp: int, vpp: int, split: str) -> tuple[str, ...
     return tuple(text)
 
 
-def rank_contents(model: Model, pp: int, vpp: int, split: str) -> npt.NDArray[np.float64]:
-    """What every pipeline rank holds, [pp, kinds + 3]: layers of each kind, then E, L and m."""
-    out = np.zeros((pp, len(model.kinds) + 3))
+@functools.lru_cache(maxsize=4096)
+def chunk_units(model: Model, pp: int, vpp: int, split: str) -> Floats:
+    """How many units every chunk of every rank holds, [pp, vpp, units]: layers of each kind, the head, prediction layers."""
+    kinds = len(model.kinds)
+    out = np.zeros((pp, vpp, kinds + 1 + bool(model.mtp)))
     layer = 0
     for c, chunk in enumerate(chunk_letters(model, pp, vpp, split)):
-        row = out[c % pp]
+        row = out[c % pp, c // pp]
         for letter in chunk:
             if letter == "t":
                 if layer < len(model.layers):
                     row[model.kind_of_layer[layer]] += 1
                 layer += 1
-            else:
-                row[len(model.kinds) + "ELm".index(letter)] += 1
+            elif letter != "E":
+                row[kinds + (letter == "m")] += 1
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Ranks of a split that a step can wait for, and what stands before and behind them; arrays over K ranks."""
+
+    ranks: int
+    """Ranks of the pipeline."""
+    chunks: int
+    """Chunks of a rank."""
+    held: Floats
+    """Units of each, [K, units]."""
+    before: Floats
+    """Units in the first chunks of all ranks before it, [K, units]."""
+    behind: Floats
+    """Units of all ranks behind it, [K, units]."""
+    ranks_behind: Floats
+    """How many these are, [K]."""
+
+
+@functools.lru_cache(maxsize=4096)
+def filling(model: Model, pp: int, vpp: int, split: str) -> Fill:
+    """The first and the last of the ranks that hold the same."""
+    units = chunk_units(model, pp, vpp, split)
+    held = units.sum(axis=1)
+    before = np.cumsum(units[:, 0], axis=0) - units[:, 0]
+    behind = held.sum(axis=0) - np.cumsum(held, axis=0)
+    first: dict[tuple[float, ...], int] = {}
+    last: dict[tuple[float, ...], int] = {}
+    for rank, row in enumerate(held.tolist()):
+        first.setdefault(tuple(row), rank)
+        last[tuple(row)] = rank
+    chosen = sorted({*first.values(), *last.values()})
+    return Fill(pp, vpp, held[chosen], before[chosen], behind[chosen], pp - 1.0 - np.array(chosen))
+
+
+def rank_contents(model: Model, pp: int, vpp: int, split: str) -> npt.NDArray[np.float64]:
+    """What every pipeline rank holds, [pp, kinds + 3]: layers of each kind, then E, L and m."""
+    kinds = len(model.kinds)
+    units = chunk_units(model, pp, vpp, split).sum(axis=1)
+    return np.column_stack([units[:, :kinds], np.eye(pp, 1), units[:, kinds], units[:, kinds + 1 :].sum(axis=1)])
+
+
 def _contents(model: Model, pp: int, vpp: int, split: str) -> Floats:
-    """`rank_contents`, then copies of the embedding, final norms, the rank's outer chunks and itself, [pp, 3 kinds + 6]."""
+    """`rank_contents`, then copies of the embedding, final norms and the rank itself, [pp, kinds + 6]."""
     chunks = chunk_letters(model, pp, vpp, split)
     last = len(chunks) - 1
     if model.mtp and not model.is_hybrid:
         last = max(c for c, chunk in enumerate(chunks) if "t" in chunk)
     ends = np.zeros((pp, 2))
-    outer = np.zeros((pp, 2, len(model.kinds)))
-    layer = 0
     for c, chunk in enumerate(chunks):
         ends[c % pp] += "E" in chunk or "m" in chunk, c == last
-        layer, before = layer + chunk.count("t"), layer
-        kinds = np.bincount(np.array(model.kind_of_layer[before:layer], np.int64), minlength=len(model.kinds))
-        outer[c % pp, 0] += kinds * (c < pp)
-        outer[c % pp, 1] += kinds * (c >= len(chunks) - pp)
-    return np.column_stack([rank_contents(model, pp, vpp, split), ends, outer.reshape(pp, -1), np.arange(pp)])
+    return np.column_stack([rank_contents(model, pp, vpp, split), ends, np.arange(pp)])
+
+
+def _chunk_layers(model: Model, pp: int, vpp: int, split: str) -> Floats:
+    """Layers of each kind and prediction layers in every chunk of every rank, [pp, vpp, kinds + 1]."""
+    units, kinds = chunk_units(model, pp, vpp, split), len(model.kinds)
+    return np.concatenate([units[..., :kinds], units[..., kinds + 1 :].sum(axis=-1, keepdims=True)], axis=-1)
 
 
 @functools.lru_cache(maxsize=4096)
 def all_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
     """Every rank of a split."""
-    return _ranks(model, _contents(model, pp, vpp, split))
+    return _ranks(pp, _contents(model, pp, vpp, split), _chunk_layers(model, pp, vpp, split))
 
 
 @functools.lru_cache(maxsize=4096)
 def binding_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
-    """The ranks that can be slowest or fullest: those that no earlier rank dominates by holding at least as much of everything.
+    """The ranks that can be slowest or fullest: those that no earlier one dominates by holding as much of everything or more.
 
-    An earlier rank has more micro-batches in flight, so a dominated rank is neither slower nor fuller. The first half of the
-    ranks holds more of its first chunk than of the others, the second half less of its last one.
+    That is chunk by chunk: at any moment of a rank an earlier one has as many micro-batches in flight in each chunk, or more.
     """
-    table = _contents(model, pp, vpp, split)
-    measure = table[:, :-1].copy()
-    measure[:, -len(model.kinds) :] *= -1.0 * (2 * table[:, -1:] > pp - 1) * (vpp > 1)
+    table, layers = _contents(model, pp, vpp, split), _chunk_layers(model, pp, vpp, split)
+    measure = np.column_stack([table[:, :-1], layers.reshape(pp, -1)])
     rows: list[int] = []
     for rank in range(pp):
-        if not any((measure[kept] >= measure[rank]).all() for kept in rows):
+        if not (measure[rows] >= measure[rank]).all(axis=1).any():
             rows.append(rank)
-    return _ranks(model, table[rows])
+    return _ranks(pp, table[rows], layers[rows])
 
 
-def _ranks(model: Model, table: Floats) -> Ranks:
-    n = len(model.kinds)
-    embedding, head, mtp, copies, norms = table[:, n : n + 5].T
+def _ranks(pp: int, table: Floats, layers: Floats) -> Ranks:
+    """Rows of `_contents` and of `_chunk_layers`."""
+    kinds = layers.shape[-1] - 1
+    embedding, head, mtp, copies, norms, rank = table[:, kinds:].T
     return Ranks(
-        rank=table[:, -1],
-        kinds=table[:, :n],
+        rank=rank,
+        kinds=table[:, :kinds],
         embedding=embedding,
         head=head,
         mtp=mtp,
         copies=copies,
         norms=norms,
-        first=table[:, n + 5 : 2 * n + 5],
-        last=table[:, 2 * n + 5 : 3 * n + 5],
+        moments=_moments(pp, rank, layers) if layers.shape[1] > 1 else (),
+        loss=pp * layers[-1, :-1].sum(axis=0) + layers[-1, -1],
     )
+
+
+def _moments(pp: int, rank: Floats, layers: Floats) -> tuple[tuple[Floats, Floats], ...]:
+    """`Ranks.moments` of ranks of several chunks, without moments at which another holds as much of everything or more."""
+    vpp = layers.shape[1]
+    passes = (vpp + 1) * pp - 2 * rank.astype(np.int64) - 1
+    # [2, K, moments, kinds + 1]: longer steps repeat the moments of two rounds
+    held = np.stack([compositions(pp, vpp, passes, rounds * pp) @ layers for rounds in (1, 2)])
+    covers: Any = (held[..., :, None, :] >= held[..., None, :, :]).all(axis=-1)
+    # of equal moments the first stays
+    equal = covers & np.swapaxes(covers, -1, -2)
+    order = np.arange(held.shape[2])
+    needless: Any = (covers & (~equal | (order[:, None] < order))).any(axis=-2)
+    out = []
+    for k in range(len(rank)):
+        once, longer = (held[i, k][~needless[i, k]] for i in (0, 1))
+        out.append((longer if np.array_equal(once, longer) else once, longer))
+    return tuple(out)

@@ -1,10 +1,8 @@
 """Time of one training step: what one micro-batch costs, and what a step costs once.
 
-Let t_r be the seconds that one micro-batch takes on pipeline rank r, forward and backward. With m micro-batches on p ranks of
-v chunks each, 1F1B takes m max(t) + (sum(t) - max(t)) / v (arXiv:2104.04473, section 2, for equal stages (m + (p - 1) / v) t):
-the slowest rank works without pause while the others fill and drain. Sends between stages, gradient reduction and parameter
-gather add what their overlap leaves exposed; the optimizer and a fixed overhead close the step. `price.py` puts these
-together. Units: seconds.
+What one micro-batch takes on the units of work that pipeline ranks hold, forward and backward, makes the span of all passes
+(`bubble.py`). Sends between stages, gradient reduction and parameter gather add what their overlap leaves exposed; the
+optimizer and a fixed overhead close the step. `price.py` puts these together. Units: seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.activations import rank_tokens, shard
+from moeplan.costmodels.breakdown import Breakdown
 from moeplan.costmodels.collectives import Group, all_gather_s, group, reduce_scatter_s, send_s
 from moeplan.costmodels.constants import OVERLAP, STEP
 from moeplan.costmodels.layer import both_passes, dense_part, routed_part
@@ -76,6 +75,28 @@ def send_times(model: Model, profile: Profile, workload: Workload, layouts: Layo
 def sends_exposed_s(one_s: Any, batches: Any, pp: Any, vpp: Any) -> Any:
     """Exposed sends of activations and their gradients, given one send: a share of the steady ones, and those of the fill."""
     return np.where(pp > 1, 2.0 * one_s * (OVERLAP.send_exposed * batches * vpp + pp - 1), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of a step."""
+
+    time: Breakdown
+    """Parts, [n]; layer parts are those of the slowest stage, for all its micro-batches."""
+    stage_s: Any
+    """Seconds of one micro-batch on every rank looked at, [K, n]."""
+
+
+@dataclass(frozen=True, slots=True)
+class KindCosts:
+    """What one layer of each kind costs the rank that holds it, [kinds, n] each."""
+
+    seconds: Any
+    """One micro-batch, forward and backward."""
+    state_bytes: Any
+    """Weights, gradients and optimizer states."""
+    saved_bytes: Any
+    """Kept for one micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)

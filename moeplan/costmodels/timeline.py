@@ -1,11 +1,11 @@
 """One training step of one layout as a timeline: every pass of every micro-batch on every pipeline rank, and what frames them.
 
-The same numbers as the closed form (`step.py`), run through the schedule of the pipeline instead of summed: passes of unequal
-stages meet as they do, ranks may be slower than others (`slow`) and experts fuller than others (`load_spread`). Each rank
+The same numbers as the price of a plan (`price.py`), with sends between ranks, memory and whatever else has a time and a
+place; ranks may be slower than others (`slow`) and experts fuller than others (`load_spread`). Each rank
 begins with what is exposed of its parameter gather and ends with what is exposed of its gradient reduction; then all wait for
 the norm of the gradients, and update. Bytes of a rank rise when a forward pass begins and fall when its backward ends.
-Equal stages take exactly the closed form's time as long as a send is shorter than about two thirds of a pass. Units: seconds,
-bytes. Exposed shares are those of the closed form, so that a fuller expert or a slower rank hides no more than an equal one.
+Equal stages take exactly the price's time as long as a send is shorter than about two thirds of a pass. Units: seconds,
+bytes. Exposed shares are those of the price, so that a fuller expert or a slower rank hides no more than an equal one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from moeplan.costmodels.constants import OVERLAP, STEP
 from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.memory import StageParameters, micro_batches, rank_parameters, state_bytes, unit_parameters
 from moeplan.costmodels.model import Model
+from moeplan.costmodels.peak import head_bytes
 from moeplan.costmodels.pipeline.contents import Contents, Floats, contents
 from moeplan.costmodels.pipeline.interleaved import Interleaved
 from moeplan.costmodels.pipeline.one_f_one_b import OneForwardOneBackward
@@ -95,8 +96,8 @@ class StepTimeline:
     """Seconds of one send between stages."""
     send_inside: bool
     """Whether sends stay in a scale-up domain."""
-    closed: Breakdown
-    """Closed form of the step, by part."""
+    priced: Breakdown
+    """Price of the step by part, as in a plan."""
 
     @property
     def ranks(self) -> int:
@@ -120,9 +121,9 @@ class StepTimeline:
         return self.update_s + float(self.frame.optimizer_s.max()) + STEP.overhead_s
 
     @property
-    def closed_s(self) -> float:
-        """Seconds that the closed form says."""
-        return float(self.closed.total)
+    def priced_s(self) -> float:
+        """Seconds that the price says."""
+        return float(self.priced.total)
 
     @functools.cached_property
     def busy_s(self) -> Floats:
@@ -185,7 +186,7 @@ def step_timeline(
     """
     factors = _factors(layout, slow or {}, load_spread)
     layouts = Layouts.of([layout])
-    pricing = Pricing(model, profile, workload, layouts, every_rank=True)
+    pricing = Pricing(model, profile, workload, layouts, every_rank=True, exact=True)
     batches = _whole_batches(workload, layouts, layout)
     inside = contents(pricing)
     frame, held = _frame(pricing, inside, batches), _held(pricing, inside)
@@ -216,7 +217,7 @@ def step_timeline(
         loads=loads,
         send_s=send_s,
         send_inside=within,
-        closed=pricing.step_cost().time.at(0),
+        priced=pricing.step_cost().time.at(0),
     )
 
 
@@ -314,8 +315,13 @@ def _held(pricing: Pricing, inside: Contents) -> HeldBytes:
     states = state_bytes(pricing.model, pricing.profile.cluster.device, pricing.workload, pricing.layouts)
     copies = (counts * each for counts, each in zip((held.dense, held.expert), states.step, strict=False))
     base = np.asarray(sum(value for name, value in parts.items() if name not in _MOMENTS))
-    # The first rank's working set is that of a layer; the chunk with the head has its own.
+    # The first rank's working set is that of a layer; in the chunk with the head it stands in the loss, or beside PyTorch's.
     moment = np.full(inside.saved_bytes.shape, parts["working set"][0])
-    moment[-1, -1] = parts["working set"][-1] + parts["logits and loss"][-1]
+    logits = float(head_bytes(pricing.model, pricing.workload, pricing.layouts)[0])
+    working = parts["working set"][-1]
+    if pricing.workload.era.framework == "pytorch":
+        moment[-1, -1] = working + logits
+    else:
+        moment[-1, -1] = np.maximum(working + parts["logits and loss"][-1], logits)
     update = np.sum([np.broadcast_to(c, (len(base), 1))[:, 0] for c in copies], axis=0) + np.zeros(len(base))
     return HeldBytes(base=base, saved=inside.saved_bytes, moment=moment, update=update)

@@ -149,7 +149,7 @@ def _price_group(members: list[tuple[int, Run]], profile_for: Callable[[Cluster]
         profile = profile_for(first.cluster)
         problem = Problem(model=first.model, profile=profile, workload=first.workload, extend_positions=True)
         layouts = Layouts.of([run.layout for _, run in members])
-        pricing = Pricing(first.model, profile, first.workload, layouts)
+        pricing = Pricing(first.model, profile, first.workload, layouts, exact=True)
         step, peak = pricing.step_cost().time, pricing.peak_bytes()
     except MoeplanError as error:
         reason = str(error)

@@ -73,7 +73,7 @@ def _told_apart(plan: Plan, found: list[Neighbour]) -> list[Neighbour]:
     if not layouts:
         return found
     problem = plan.problem
-    times = Pricing(problem.model, problem.profile, problem.workload, Layouts.of(layouts)).step_cost().time
+    times = Pricing(problem.model, problem.profile, problem.workload, Layouts.of(layouts), exact=True).step_cost().time
     sigma, tie = distances(plan, layouts, times)
     known = iter(zip(sigma.tolist(), tie.tolist(), strict=True))
     out = []

@@ -119,10 +119,10 @@ def _slot(problem: Problem, layout: Layout, block: Moe) -> Slot:
     routed = RoutedLayer(block, problem.model, problem.profile, problem.workload, fold(Layouts.of([layout])))
     choices = parse_choices(layout.moe_schedule)
     degrees: Sequence[int] = DEGREES if choices and choices[0].name == "fsmoe" else (1,)
-    alone, busy = [], []
+    alone, busy, one = [], [], routed.chunk(1)
     for degree in degrees:
         chunk = routed.chunk(degree)
-        alone.append(float(np.broadcast_to(makespans("fsmoe", chunk, problem.profile.overlap_loss)[1], 1)[0]))
+        alone.append(float(np.broadcast_to(makespans("fsmoe", chunk, one, problem.profile.overlap_loss)[1], 1)[0]))
         crossing = 2.0 * degree * chunk.exchange_s * chunk.across
         busy.append(min(float(np.broadcast_to(crossing, 1)[0]), alone[-1]))
     return Slot(alone_s=tuple(alone), busy_s=tuple(busy))

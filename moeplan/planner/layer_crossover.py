@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.moe.schedules import find_schedule
-from moeplan.planner.layer_study import Layer, Question, study
+from moeplan.planner.layer_study import Layer, Priced, Question, study
 
 LAYOUTS = ("s1", "s2", "hierarchical")
 """Layouts that are compared."""
@@ -86,10 +86,15 @@ def crossovers(question: Question, number: str) -> tuple[Crossover, ...]:
     return tuple(out)
 
 
+def serial(question: Question) -> list[Priced]:
+    """The layouts of the question with their times, the quickest first."""
+    rows = study(dataclasses.replace(question, schedules=tuple(find_schedule(name) for name in LAYOUTS)))
+    return sorted(rows, key=lambda row: float(row.total_s))
+
+
 def order(question: Question) -> tuple[str, ...]:
     """The layouts of the question, the quickest first."""
-    rows = study(dataclasses.replace(question, schedules=tuple(find_schedule(name) for name in LAYOUTS)))
-    return tuple(row.schedule.name for row in sorted(rows, key=lambda row: float(row.total_s)))
+    return tuple(row.schedule.name for row in serial(question))
 
 
 def terms(question: Question) -> Terms:

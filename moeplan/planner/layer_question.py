@@ -19,7 +19,7 @@ from moeplan.costmodels.moe.lina import Lina, pieces_of
 from moeplan.costmodels.moe.megatron_overlap import PairSchedule
 from moeplan.errors import LayoutError, UsageError
 from moeplan.planner.layer_study import DEGREES, Layer, Question
-from moeplan.units import GB, TERA, US
+from moeplan.units import GB, TERA, US, format_bytes
 
 NUMBERS = (
     "tokens", "batch", "seq-len", "hidden", "expert-hidden", "experts", "top-k", "capacity-factor", "gemms", "mp", "ep", "esp",
@@ -29,6 +29,8 @@ DEFAULTS = {
     "experts": 0, "capacity-factor": 1.0, "gemms": 3, "mp": 1, "esp": 1, "element-bytes": 2, "shared-hidden": 0, "kappa": 0.0,
     "gradient-bytes": 0.0,
 }  # fmt: skip
+MOST_GRADIENT_BYTES = 2.0**38
+"""Larger gradients of a rank are taken for slips: Lina sends a piece for each 30 MB."""
 _RATES = {name: ("gemm-tflop-per-s", TERA) if name == "gemm" else (f"{name}-gb-per-s", GB) for name in OPERATIONS}
 SWEPT = (*NUMBERS, *(f"{name}-us" for name in OPERATIONS), *(name for name, _ in _RATES.values()))
 """Names of what a sweep can change."""
@@ -74,6 +76,9 @@ class Asked:
         carried, gradient = n["gradient-bytes"], constants.given.get("gradient-all-reduce")
         if not np.all((np.asarray(carried) >= 0.0) & np.isfinite(carried)):
             raise UsageError("gradient-bytes: a size of 0 or more is needed")
+        if np.max(carried) > MOST_GRADIENT_BYTES:
+            most = format_bytes(MOST_GRADIENT_BYTES)
+            raise UsageError(f"gradient-bytes is {format_bytes(float(np.max(carried)))}, at most {most} of a rank are handled")
         if gradient is None and np.any(np.asarray(carried) > 0.0):
             raise UsageError(
                 f"--gradient-bytes needs the constant gradient-all-reduce, which '{constants.name}' lacks",

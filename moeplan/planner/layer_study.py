@@ -1,9 +1,8 @@
 """One MoE layer under every schedule: seconds of both directions, each at its best number of chunks, and what bounds them.
 
 The layer is given by its sizes, the machine by fitted lines (alpha + beta x amount); everything takes numbers or arrays. With
-kappa > 0 overlap is imperfect: T + kappa (serial - T), where serial is the same layer in one chunk with nothing overlapped
-(FSMoE's published speed-ups are reproduced by that, not by the sum over chunks, which pays start-ups that one chunk spares).
-Forward and backward choose their chunks apart; backward may carry a gradient all-reduce. Units: seconds, bytes, FLOP.
+kappa > 0 overlap is imperfect (`schedule_s`). Forward and backward choose their chunks apart; backward may carry a gradient
+all-reduce. Units: seconds, bytes, FLOP. Not valid for unbalanced loads.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.moe.base import AlphaBeta, Direction, LayerSchedule, Lines, MoeSize, imperfect_s
+from moeplan.costmodels.moe.choice import schedule_s
 from moeplan.costmodels.moe.lina import Lina
 from moeplan.costmodels.moe.megatron_overlap import PairSchedule
 from moeplan.costmodels.moe.schedules import find_schedule
@@ -27,6 +27,8 @@ DEGREES = (1, 2, 4, 8)
 """Numbers of chunks that are tried unless others are asked for."""
 MOST_RANKS = 65_536
 """Ranks of a copy of the experts that are handled: S2 has a phase for each."""
+MOST = 1e15
+"""Larger sizes are taken for slips."""
 ROUNDING = 1e-9
 """Relative error of a capacity that counts as none."""
 
@@ -61,11 +63,15 @@ class Layer:
     """Whether tokens stay split among the mp ranks around the layer."""
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
             value = np.asarray(getattr(self, name), np.float64)
-            bad = _first(~((value > 0.0) & (value < np.inf)), self, name)
-            if bad:
-                raise UsageError(f"{_word(name)} is {bad[0]:g}, a number above 0 is needed")
+            stated = value > 0.0 if name in _POSITIVE else value >= 0.0
+            if bad := _first(~stated | (value == np.inf), self, name):
+                raise UsageError(
+                    f"{_word(name)} is {bad[0]:g}, a number {'above' if name in _POSITIVE else 'from'} 0 is needed"
+                )
+            if bad := _first(value > MOST, self, name):
+                raise UsageError(f"{_word(name)} is {bad[0]:g}, at most {MOST:g} is handled")
             bad = _first((value != np.floor(value)) & (name not in ("tokens", "capacity_factor")), self, name)
             if bad:
                 raise UsageError(f"{_word(name)} is {bad[0]:g}, a whole number is needed")
@@ -214,30 +220,28 @@ def pair_s(question: Question, schedule: PairSchedule) -> Any:
 def best(question: Question, schedule: LayerSchedule, direction: Direction) -> tuple[Any, Any]:
     """Seconds and chunks of one direction; the fewer chunks where two take the same, infinite where none divides the slots."""
     layer, size = question.layer, question.layer.size
-    whole = _parts(question, schedule, size, 1, direction)
-    serial_s = schedule.serial_seconds(1, whole, size)
+    gradient_s = _gradient_s(question, schedule, direction)
     least_s: Any = np.inf
     chosen: Any = 0
     for degree in question.degrees if schedule.chunked else (1,):
-        parts = whole if degree == 1 else _parts(question, schedule, size, degree, direction)
-        seconds = imperfect_s(schedule.seconds(degree, parts, size), serial_s, question.kappa)
+        seconds = schedule_s(schedule, size, question.lines, degree, direction, kappa=question.kappa, gradient_s=gradient_s)
         seconds = np.where(layer.takes(degree), seconds, np.inf)
         chosen = np.where(seconds < least_s, degree, chosen)
         least_s = np.minimum(seconds, least_s)
     return least_s, chosen
 
 
-def _parts(question: Question, schedule: LayerSchedule, size: MoeSize, degree: int, direction: Direction) -> Mapping[str, Any]:
-    parts = schedule.parts(size, question.lines, degree, direction)
+def _gradient_s(question: Question, schedule: LayerSchedule, direction: Direction) -> Any:
+    """Seconds of R, one piece of it where the schedule has several."""
     if direction == "forward":
-        return parts
-    return {**parts, "R": question.gradient_s(schedule.pieces if isinstance(schedule, Lina) else 1)}
+        return 0.0
+    return question.gradient_s(schedule.pieces if isinstance(schedule, Lina) else 1)
 
 
 def shares(question: Question, schedule: LayerSchedule, degree: int, direction: Direction) -> dict[str, float]:
     """Part of the time for which each resource works, the busiest first; for one layer, with perfect overlap."""
     size = question.layer.size
-    parts = _parts(question, schedule, size, degree, direction)
+    parts = dict(schedule.parts(size, question.lines, degree, direction)) | {"R": _gradient_s(question, schedule, direction)}
     whole_s = float(schedule.seconds(degree, parts, size))
     busy: dict[str, float] = {}
     for task in schedule.graph(degree, size).tasks:
@@ -247,6 +251,7 @@ def shares(question: Question, schedule: LayerSchedule, degree: int, direction: 
 
 
 _POSITIVE = ("tokens", "hidden", "expert_hidden", "topk", "capacity_factor", "gemms", "mp", "esp", "ep", "element_bytes")
+_NOT_NEGATIVE = ("experts", "shared_hidden")
 
 
 def _word(name: str) -> str:

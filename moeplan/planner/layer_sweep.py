@@ -9,18 +9,15 @@ of a point are left out there.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moeplan.costmodels.moe_choice import IDEAL
-from moeplan.errors import FileError, UnknownNameError, UsageError
-from moeplan.planner.layer_study import Question, study
+from moeplan.errors import UnknownNameError, UsageError
+from moeplan.planner.layer_study import MOST, Question, study
 
 MOST_POINTS = 10_000_000
 BLOCK = 1 << 16
@@ -69,7 +66,7 @@ def parse_axis(text: str, names: Sequence[str]) -> Axis:
             hint="give the smaller end first and a step that grows: 512:8192:x2 or 1:4:+0.5",
         )
     reach = math.log(last / first) / math.log(step) if geometric else (last - first) / step
-    return Axis(name=name, count=math.floor(reach + 1e-9) + 1, given=(first,), step=step, geometric=geometric)
+    return Axis(name=name, count=math.floor(min(reach, MOST) + 1e-9) + 1, given=(first,), step=step, geometric=geometric)
 
 
 def _number(text: str, axis: str) -> float:
@@ -79,6 +76,8 @@ def _number(text: str, axis: str) -> float:
         raise UsageError(f"sweep '{axis}': '{text.strip()}' is not a number") from None
     if not math.isfinite(value):
         raise UsageError(f"sweep '{axis}': {text.strip()} is not a finite number")
+    if abs(value) > MOST:
+        raise UsageError(f"sweep '{axis}': {text.strip()} is more than the {MOST:g} that is handled")
     return value
 
 
@@ -90,9 +89,9 @@ def points(axes: Sequence[Axis]) -> int:
             raise UsageError(f"--sweep {name} is given twice", hint="put all its values into one")
     count = math.prod(axis.count for axis in axes)
     if count > MOST_POINTS:
-        ways = " x ".join(str(axis.count) for axis in axes)
+        ways = " x ".join(f"{axis.count:,}" for axis in axes) + " = " if len(axes) > 1 else ""
         raise UsageError(
-            f"the sweep has {ways} = {count:,} points, more than the {MOST_POINTS:,} that are handled",
+            f"the sweep has {ways}{count:,} points, more than the {MOST_POINTS:,} that are handled",
             hint="take larger steps or fewer axes",
         )
     return count
@@ -130,27 +129,3 @@ def _lines(at: Mapping[str, Any], question: Question) -> str:
     form = ",".join(["%.9g"] * len(at) + ["%.9g", "%.9g", "%d", "%d"] * len(found))
     lines = [form % tuple(line) + "," + names[i] + "\n" for line, i in zip(table.tolist(), first.tolist(), strict=True)]
     return "".join(lines)
-
-
-def save_blocks(path: Path, texts: Iterable[str], what: str) -> None:
-    """Write `texts` one after the other to `path`, whole or not at all: a table that need not fit into memory."""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise FileError(f"cannot write {what} '{path}': {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.writelines(texts)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:  # an interrupt must not leave the temporary file behind either
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise FileError(f"cannot write {what} '{path}': {error.strerror}") from None
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -295,7 +295,7 @@ def price_plan(problem: Problem, layout: Layout, *, remarks: Sequence[str] = (),
     layout = with_schedule(problem, layout)
     one = Layouts.of([layout])
     parts = (problem.model, problem.profile, problem.workload, one)
-    pricing = Pricing(*parts, every_rank=True)
+    pricing = Pricing(*parts, every_rank=True, exact=True)
     cost, memory = pricing.step_cost(), pricing.peak_memory()
     chunks = chunk_letters(problem.model, layout.pp, layout.vpp, layout.stages)
     stages = tuple(

@@ -122,7 +122,7 @@ def alternatives(problem: Problem, layout: Layout) -> list[Alternative]:
         tries.append((text, (), dataclasses.replace(plain, moe_schedule=text)))
     tries.append(("comet (ideal)", (), dataclasses.replace(plain, moe_schedule=IDEAL)))
     layouts = [x for _, _, x in tries]
-    times = Pricing(model, problem.profile, problem.workload, Layouts.of(layouts)).step_seconds()
+    times = Pricing(model, problem.profile, problem.workload, Layouts.of(layouts), exact=True).step_seconds()
     free = dataclasses.replace(problem, target="research")
     out = []
     for (name, runs_on, x), step_s in zip(tries, times.tolist(), strict=True):

@@ -31,6 +31,8 @@ OPEN_AT_ONCE = 192
 """Groups opened together: enough to keep numpy busy, few enough to stop soon after the best is found."""
 CLOSER_AT_ONCE = 2048
 """Layouts looked at closely together."""
+EXACT_AT_ONCE = 64
+"""Layouts whose pipelines are run pass by pass together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +161,19 @@ class _Search:
         spread, source, peak = spread.take(fits), source[fits], peak[fits]
         minimal = self._minimal(source, spread.recompute, len(rows))
         self._reject(SLOWER, int((~minimal).sum()))
-        spread, peak = spread.take(minimal), peak[minimal]
-        self._record(spread, self._pricing(spread).step_seconds(), peak)
+        self._price(spread.take(minimal), peak[minimal])
+
+    def _price(self, rows: Layouts, peak: Any) -> None:
+        """Exact prices in the order of the closed form, which is below them, while that beats the k-th best plan."""
+        pricing = self._pricing(rows)
+        bound = pricing.step_seconds()
+        order = np.argsort(bound, kind="stable")
+        start = 0
+        while start < len(order) and bound[order[start]] < self._limit():
+            chosen = order[start : start + EXACT_AT_ONCE]
+            self._record(rows.take(chosen), pricing.exact_step_seconds(chosen), peak[chosen])
+            start += len(chosen)
+        self._reject(SLOWER, len(order) - start)
 
     def _pricing(self, rows: Layouts) -> Pricing:
         return Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows)

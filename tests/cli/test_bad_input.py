@@ -21,6 +21,14 @@ CLUSTER: dict[str, Any] = {
     "price_per_gpu_hour": 2.0,
 }  # fmt: skip
 
+CONSTANTS: dict[str, Any] = {
+    "schema": "moeplan.constants/1", "name": "mine", "source": "measured", "element_bytes": 2, "mp": 2, "esp": 2, "ep": 4,
+    "constants": {"a2a": "287us, 1.72GB/s", "all-gather": "3us, 9GB/s", "reduce-scatter": "3us, 9GB/s", "gemm": "4us,9TFLOP/s"},
+}  # fmt: skip
+SIZES = ["--hidden", "512", "--expert-hidden", "1024", "--top-k", "2"]
+LAYER = ["--constants", "fsmoe-b", *SIZES]
+"""A layer of `moeplan schedule`, without its tokens."""
+
 
 def refused(end: Outcome, message: str, hint: str = "", code: int | None = None) -> None:
     """One sentence, the way out of it where there is one, an exit code, nothing on stdout."""
@@ -154,7 +162,7 @@ def test_commands(moeplan: Moeplan) -> None:
     assert nothing.code == 2 and "Commands:" in nothing.err + nothing.out
 
 
-@pytest.mark.parametrize("command", ("solve", "estimate"))
+@pytest.mark.parametrize("command", ("solve", "estimate", "schedule", "simulate"))
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -167,11 +175,14 @@ def test_commands(moeplan: Moeplan) -> None:
         ),
     ],
 )
-def test_paths_that_cannot_be_written(moeplan: Moeplan, tmp_path: Path, command: str, name: str, message: str) -> None:
+def test_paths_that_cannot_be_written(
+    moeplan: Moeplan, plan_file: Path, tmp_path: Path, command: str, name: str, message: str
+) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "locked").mkdir(mode=0o500)
     before = sorted(tmp_path.rglob("*"))
-    refused(moeplan(command, *question(), "-o", tmp_path / name), message, code=1)
+    given = {"schedule": [*LAYER, "--sweep", "tokens=1,2", "-o"], "simulate": [plan_file, "--trace"]}
+    refused(moeplan(command, *given.get(command, [*question(), "-o"]), tmp_path / name), message, code=1)
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "mine"
 
 
@@ -292,6 +303,36 @@ def test_wrong_types_in_a_plan_file(moeplan: Moeplan, plan_file: Path, tmp_path:
             end = moeplan("estimate", path, "--json")
             if end.code:
                 refused(end, f"error: plan file '{path}'", code=1)
+
+
+@pytest.mark.parametrize("key", [*CONSTANTS, *CONSTANTS["constants"]])
+def test_wrong_types_in_a_constants_file(moeplan: Moeplan, tmp_path: Path, key: str) -> None:
+    path = tmp_path / "mine.yaml"
+    for value in (*ODD, "1us", "1us,0GB/s", "-1us,1GB/s", "nan,nan", "1us,1GB/s,1"):
+        inner = {**CONSTANTS["constants"], key: value} if key in CONSTANTS["constants"] else CONSTANTS["constants"]
+        path.write_text(yaml.safe_dump({**CONSTANTS, "constants": inner} | ({key: value} if key in CONSTANTS else {})))
+        end = moeplan("schedule", "--constants", path, *SIZES, "--tokens", 64)
+        if end.code:
+            refused(end, "")
+            assert any(word in end.complaint for word in ("mine", "handled", "does not divide", "missing --ep"))
+    for left in ({k: v for k, v in CONSTANTS.items() if k != key}, {**CONSTANTS, "gemms": 2}):
+        path.write_text(yaml.safe_dump(left))
+        end = moeplan("schedule", "--constants", path, *SIZES, "--tokens", 64)
+        if end.code:
+            refused(end, "")
+
+
+def test_a_plan_of_another_kind_is_not_simulated(moeplan: Moeplan, tmp_path: Path) -> None:
+    for name, content in (
+        ("binary.yaml", bytes(range(256))),
+        ("empty.yaml", b""),
+        ("constants.yaml", b"schema: moeplan.constants/1"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        refused(
+            moeplan("simulate", tmp_path / name, "--trace", tmp_path / "trace.json"), f"plan file '{tmp_path / name}'", code=1
+        )
+    assert not (tmp_path / "trace.json").exists()
 
 
 @pytest.mark.parametrize("name", ("none.csv", "empty.csv", "binary.csv", "columns.csv", "."))

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from moeplan.costmodels.moe.schedules import PAIR_SCHEDULES, SCHEDULES
 from tests.cli.conftest import Moeplan
@@ -24,15 +25,43 @@ MPL = importlib.util.find_spec("matplotlib") is not None
 def test_table_of_every_schedule(moeplan: Moeplan) -> None:
     end = moeplan("schedule", *B)
     assert end.code == 0 and end.err == ""
-    assert all(
-        f"{schedule.name} " in end.out for schedule in (*SCHEDULES, *PAIR_SCHEDULES) if schedule.name != "shared-overlap"
-    )
+    names = set(re.findall(r"[a-z0-9-]+", end.out))
+    assert {schedule.name for schedule in (*SCHEDULES, *PAIR_SCHEDULES)} - names == {"shared-overlap"}
     lines = end.out.splitlines()
     assert lines[0].startswith("4096 tokens x 4096, experts of 14336, k f = 2; mp 4, esp 4, ep 8; constants fsmoe-b; kappa 0")
     assert any(line.startswith("baseline") and "1.00x" in line for line in lines)
     assert "s1 - s2 = A + G1 - O = 41.2 ms + 11.3 ms - 42.0 ms = +10.6 ms in 32 phases; A >= Gk" in end.out
     assert "beta_a (1 - 1/esp) = 230 ps/B > (beta_g + beta_s)/2 = 168 ps/B, so hierarchical" in end.out
     assert "capacity-factor: s2 up to 0.6558, then hierarchical" in end.out
+
+
+def test_schedules_that_are_alike_share_a_row(moeplan: Moeplan) -> None:
+    out = moeplan("schedule", *B).out
+    assert "\nthe same as tutel: tutel-improved, pipemoe, lina, fsmoe-no-iio\n" in out and "\npipemoe " not in out
+    assert "\npipemoe " in moeplan("schedule", *B, "--gradient-bytes", "50MB").out
+    plain = moeplan("schedule", *B[:2], *SIZES, "--mp", "1", "--esp", "1").out
+    assert "s1 = s2 = hierarchical" in plain and "with mp 1 and esp 1 s1, s2 and hierarchical move the same" in plain
+    assert "the same as baseline: replicated-baseline, s1, s2" in plain  # hierarchical runs on Megatron: a row of its own
+    assert "\nhierarchical " in plain and "megatron" in plain
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_columns_are_left_out_before_numbers_are_cut(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    from moeplan.cli import render_schedule
+    from moeplan.costmodels.moe.constants import load_constants
+    from moeplan.planner.layer_question import Asked
+    from moeplan.planner.layer_study import compared
+
+    fits = load_constants("fsmoe-b")
+    numbers = {"tokens": 4096, "hidden": 4096, "expert-hidden": 14336, "top-k": 2, **fits.groups}
+    question = Asked(numbers=numbers, schedules=SCHEDULES, pairs=PAIR_SCHEDULES).question(fits)
+    out = Console(width=width, file=io.StringIO())
+    monkeypatch.setattr(render_schedule, "console", lambda: out)
+    render_schedule.show(question, fits, compared(question, "replicated-baseline"))
+    text = out.file.getvalue()
+    assert "…" not in text and "replicated-baseline" in text
+    assert ("bound by" in text) == (width == 120)
+    assert all(len(line) <= width for line in text.split("\n\n")[1].splitlines())
 
 
 def test_json_holds_what_the_table_shows(moeplan: Moeplan) -> None:
@@ -102,6 +131,11 @@ def test_chunks(moeplan: Moeplan) -> None:
     assert {r["r_forward"] for r in json.loads(end.out)["schedules"]} == {1}
 
 
+def test_swept_ranks_take_the_place_of_the_groups_of_the_constants(moeplan: Moeplan) -> None:
+    end = moeplan("schedule", *B, "--sweep", "ranks=8,32")
+    assert end.code == 0 and [line.split(",")[0] for line in end.out.splitlines()[1:]] == ["8", "32"]
+
+
 def test_remarks_on_groups_that_constants_were_not_fitted_to(moeplan: Moeplan) -> None:
     end = moeplan("schedule", *B, "--esp", "2", "--ranks", "32")
     assert "note: the constants of fsmoe-b were fitted with esp 4, this layer has 2" in end.err
@@ -146,6 +180,9 @@ REFUSED = [  # arguments, exit code, message, hint
     ([*SIZES, "--a2a", "1,1", "--gemm", "1,1", "--ep", "4", "--esp", "2"], 2,
      "constants 'options': missing all-gather, reduce-scatter", "ALPHA,BETA"),
     ([*SIZES, *TYPED, "--gradient-bytes", "1MB"], 2, "--gradient-bytes needs the constant gradient-all-reduce", ""),
+    ([*B, "--gradient-bytes", "1e15B"], 2, "gradient-bytes is 909.5 TiB, at most 256.0 GiB of a rank are handled", ""),
+    ([*H100[:6], "--ep", "8", "--mp", "8", "--gradient-bytes", "1GB"], 2,
+     "--gradient-bytes: the 8 ranks of the layer are one tensor-parallel group, mp 8", "lower --mp"),
     ([*B, "--gradient-bytes", "much"], 2, "'much' is not a size", ""),
     ([*B, "--tokens", "7"], 2, "tokens and batch x seq-len say the same", ""),
     ([*B, "--ranks", "30"], 1, "esp = 4 does not divide the 30 ranks", ""),
@@ -153,15 +190,22 @@ REFUSED = [  # arguments, exit code, message, hint
     ([*B, "--mp", "3"], 1, "mp = 3 does not divide the ep x esp = 8 x 4 = 32 ranks", "use a divisor of 32"),
     ([*B, "--ep", "1000000"], 2, "= 4,000,000 ranks, at most 65,536 are handled", ""),
     ([*B, "--experts", "8", "--degrees", "3"], 1, "r = 3 chunks do not divide a capacity of 1024 slots", "pad the capacity"),
-    ([*B, "--degrees", "0"], 2, "0 is not a whole number of at least 1", ""),
+    ([*B, "--degrees", "0"], 2, "--degrees 0: 0 is not a whole number of at least 1", "1,2,4"),
+    ([*B, "--degrees", ""], 2, "--degrees : '' is not a number", "1,2,4"),
     ([*B, "--degrees", "9999"], 2, "9999 is more than the 4096", ""),
     ([*B, "--degrees", "2,x"], 2, "'x' is not a number", ""),
     ([*B, "--experts", "9"], 1, "ep = 8 does not divide the 9 experts", ""),
     ([*B, "--schedules", "fsmo"], 2, "unknown MoE schedule 'fsmo'", "'fsmoe'"),
+    ([*B, "--over", "1f1b-overlap"], 2, "--over 1f1b-overlap: a pair of directions", "--over hierarchical"),
     ([*B, "--over", "basline"], 2, "unknown MoE schedule 'basline'", "'baseline'"),
     ([*B, "--kappa", "1.5"], 2, "kappa is 1.5, a number from 0", ""),
     ([*B, "--capacity-factor", "-1"], 2, "capacity-factor is -1, a number above 0 is needed", ""),
     ([*B, "--capacity-factor", "nan"], 2, "capacity-factor is nan", ""),
+    ([*B, "--capacity-factor", "1e300"], 2, "capacity-factor is 1e+300, at most 1e+15 is handled", ""),
+    ([*B, "--sweep", "batch=1e308,1"], 2, "sweep 'batch=1e308,1': 1e308 is more than the 1e+15", ""),
+    ([*B, "--sweep", "kappa=0:1:+1e-310"], 2, "points, more than the 10,000,000", "larger steps"),
+    ([*B, "--sweep", "shared-hidden=-5"], 2, "shared-hidden is -5, a number from 0 is needed", ""),
+    ([*B, "--sweep", "experts=-8"], 2, "experts is -8, a number from 0 is needed", ""),
     ([*B, "-o", "x.csv"], 2, "-o takes the table of a sweep", "--json"),
     ([*B, "--json", "--sweep", "batch=1"], 2, "a sweep is a table, not JSON", ""),
     ([*B, "--sweep", "bacth=1"], 2, "unknown number to sweep 'bacth'", "'batch'"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from moeplan.cli.render_timeline import gantt, shown_ranks, stage_states, summary_lines
-from moeplan.costmodels.timeline import step_timeline
+from moeplan.cli.render_timeline import gantt, shown_ranks, stage_states, summary_lines, time_axis
+from moeplan.costmodels.timeline import StepTimeline, step_timeline
 from moeplan.planner.plan import load_plan
 from tests.cli.conftest import Moeplan, question
 
@@ -29,6 +32,19 @@ def piped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def timeline_of(path: Path) -> StepTimeline:
+    plan = load_plan(path)
+    return step_timeline(plan.problem.model, plan.problem.profile, plan.problem.workload, plan.layout)
+
+
+@pytest.mark.parametrize("columns", [20, 23, 50, 83, 200])
+@pytest.mark.parametrize("step_s", [3e-5, 0.0999, 0.1, 0.535, 2.0, 999.0])
+def test_time_axis(columns: int, step_s: float) -> None:
+    text = time_axis(step_s, columns)
+    assert text.startswith("0") and "|" in text and len(text) <= columns
+    assert all(re.fullmatch(r"[\d.,]+ (us|ms|s)", label.strip()) for label in text[1:].rstrip("|").split("|"))
+
+
 def test_chart_and_summary(moeplan: Moeplan, piped: Path) -> None:
     end = moeplan("simulate", piped)
     assert (end.code, end.err) == (0, "")
@@ -36,7 +52,18 @@ def test_chart_and_summary(moeplan: Moeplan, piped: Path) -> None:
     rows = [line.split()[1] for line in lines if line[:6].strip().isdigit()]
     assert len(rows) == 4 and all(len(row) == len(rows[0]) >= 80 and set(row) <= set("FB=xo.") for row in rows)
     assert rows[3].startswith(".") and "=" in rows[0]
-    for text in ("1f1b, 16 micro-batches", "F forward", "by the closed form: ", "stages wait ", "as in the plan"):
+    axis = next(line for line in lines if line.startswith("stage  0"))
+    for mark in re.finditer(r"(\d+) ms\|", axis):
+        place = mark.end() - 1 - len("stage  ")
+        assert place == int(int(mark[1]) / 1e3 / timeline_of(piped).step_s * len(rows[0]))
+    assert "200 ms|" in axis and "x exchange" not in end.out
+    for text in (
+        "1f1b, 16 micro-batches",
+        "F forward",
+        "by its price: +0.0%",
+        "stages wait ",
+        "as in the plan; up to 71.2",
+    ):
         assert text in end.out
     assert max(map(len, lines)) <= 120
 
@@ -44,7 +71,7 @@ def test_chart_and_summary(moeplan: Moeplan, piped: Path) -> None:
 def test_json(moeplan: Moeplan, piped: Path) -> None:
     data = json.loads(moeplan("simulate", piped, "--json").out)
     plan = load_plan(piped)
-    assert data["closed_form_step_s"] == pytest.approx(plan.step_s)
+    assert data["plan_step_s"] == pytest.approx(plan.step_s)
     assert data["difference"] == pytest.approx(data["step_s"] / plan.step_s - 1)
     assert data["micro_batches"] == 16 and data["passes"] == 128 and data["schedule"] == "1f1b"
     for stage, expected in zip(data["stages"], plan.stages, strict=True):
@@ -71,14 +98,29 @@ def test_files(moeplan: Moeplan, piped: Path, tmp_path: Path) -> None:
     assert text.startswith("<!doctype html>") and "__" not in text
     assert not any(word in text for word in ("http:", "https:", "<link", " src=", "@import"))
     data = json.loads(text.split("const D = ", 1)[1].split(";\n", 1)[0])
-    plan = load_plan(piped)
-    timeline = step_timeline(plan.problem.model, plan.problem.profile, plan.problem.workload, plan.layout)
+    timeline = timeline_of(piped)
     assert data["step"] == pytest.approx(timeline.step_s * 1e6, abs=1)
     for rank, stage in enumerate(data["stages"]):
         assert len(stage["kind"]) == len(stage["start"]) == len(stage["length"]) == 32
         assert max(stage["held"]) == stage["peak"] == pytest.approx(timeline.peak_bytes[rank] / 2**20, abs=0.1)
         assert sum(stage["time"]) == pytest.approx(data["step"], abs=2)
         assert sum(stage["length"]) / 1e6 == pytest.approx(timeline.busy_s[rank], rel=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_script_of_the_page_runs(moeplan: Moeplan, piped: Path, tmp_path: Path) -> None:
+    page = tmp_path / "step.html"
+    assert moeplan("simulate", piped, "--html", page).code == 0
+    stub = Path(__file__).with_name("page_stub.js")
+    end = subprocess.run(["node", stub, page], capture_output=True, text=True, timeout=60)
+    assert end.returncode == 0, end.stderr
+    found = json.loads(end.stdout)
+    assert found["legend"].split() == "forward backward exposed exchange optimizer step overhead waits limit".split()
+    assert {"0 ms", "500 ms", "stage 3", "0 GiB", "60 GiB"} <= set(found["first"])
+    assert "253.020 ms" in found["zoomed"] and len(set(found["zoomed"])) > 8  # labels differ however far one zooms
+    assert any(re.fullmatch(r"stage 0: forward of micro-batch \d+, chunk 0\n.* \+ .*", tip) for tip in found["tips"])
+    assert "stage 3 waits" in found["tips"] and any(re.fullmatch(r".*: \d+\.\d\d GiB", tip) for tip in found["tips"])
+    assert found["picked"].startswith("Memory of stage 1: peak 16.1 GiB allocated, up to 71.2 GiB of the device's 79.6 GiB fit")
 
 
 def test_many_stages_are_drawn_in_part(piped: Path) -> None:
@@ -103,8 +145,7 @@ def test_many_stages_are_drawn_in_part(piped: Path) -> None:
 
 
 def test_states_of_a_stage(piped: Path) -> None:
-    plan = load_plan(piped)
-    timeline = step_timeline(plan.problem.model, plan.problem.profile, plan.problem.workload, plan.layout)
+    timeline = timeline_of(piped)
     fine = stage_states(timeline, 3, 4000)
     assert {"forward", "backward", "waiting"} <= set(fine) and fine[0] in ("waiting", "exchange")
     share = sum(state in ("forward", "backward", "both in turn") for state in fine) / 4000
@@ -121,6 +162,9 @@ def test_states_of_a_stage(piped: Path) -> None:
         (["none.yaml", "--html", "none/t.html"], 1, "cannot write page 'none/t.html'"),
         (["PLAN", "--trace", "PLAN"], 2, "would overwrite the plan"),
         (["PLAN", "--trace", "x", "--html", "x"], 2, "--html x would overwrite what --trace writes"),
+        (["PLAN", "--slow", "0=-1"], 2, "stage 0 cannot be -1 times as slow"),
+        (["PLAN", "--slow", "0=1e9"], 2, "--slow 0=1e9: stages up to 1000 times as slow are simulated"),
+        (["PLAN", "--load-spread", "nan"], 2, "a load spread of nan is not between 0 and 10"),
         (["PLAN", "--slow", "4=1.2"], 2, "stage 4 cannot be slow: the plan has 4 pipeline stages, 0 to 3"),
         (["PLAN", "--slow", "1"], 2, "--slow 1: not a stage and a factor"),
         (["PLAN", "--slow", "a=1.2"], 2, "--slow a=1.2: not a stage and a factor"),
@@ -147,6 +191,30 @@ def test_wrong_use(
     end = moeplan("simulate", *[piped if a == "PLAN" else a for a in arguments])
     assert end.code == code and message in end.complaint and end.out == ""
     assert piped.read_bytes() == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["detour", "symbolic", "hard", "twice"])
+def test_no_other_path_to_the_plan_is_written_over(moeplan: Moeplan, piped: Path, tmp_path: Path, way: str) -> None:
+    plan, link = tmp_path / "plan.yaml", tmp_path / "link"
+    shutil.copy(piped, plan)
+    arguments: list[object] = ["--trace", link]
+    if way == "detour":
+        (tmp_path / "a").mkdir()
+        arguments = ["--trace", tmp_path / "a" / ".." / "plan.yaml"]
+    elif way == "symbolic":
+        link.symlink_to(plan)
+    elif way == "hard":
+        link.hardlink_to(plan)
+    else:
+        arguments = ["--trace", tmp_path / "x", "--html", tmp_path / "." / "x"]
+    end = moeplan("simulate", plan, *arguments)
+    assert end.code == 2 and "would overwrite " in end.complaint
+    assert plan.read_bytes() == piped.read_bytes() and not (tmp_path / "x").exists()
+
+
+def test_what_holds_nothing_may_be_written_twice(moeplan: Moeplan, piped: Path) -> None:
+    assert moeplan("simulate", piped, "--trace", "/dev/null", "--html", "/dev/null").code == 0
+    assert Path("/dev/null").is_char_device()
 
 
 def test_remarks_on_options_without_effect(moeplan: Moeplan, plan_file: Path, piped: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_pins_and_forbids(moeplan: Moeplan) -> None:
 
 def test_refined_plans_are_faster_and_say_so(moeplan: Moeplan, tmp_path: Path) -> None:
     # The head of a small model with a large vocabulary weighs as much as layers do, which the search's splits see as FLOP only.
-    asked = [*question(model="qwen3-30b-a3b", cluster="h100x64", global_batch=512), "--pin", "pp=4", "--pin", "vpp=3"]
+    asked = [*question(model="qwen3-30b-a3b", cluster="h100x64", global_batch=512), "--pin", "pp=8", "--pin", "vpp=1"]
     plain, path = json.loads(moeplan("solve", *asked, "--json").out)["plans"], tmp_path / "plan.yaml"
     refined = json.loads(moeplan("solve", *asked, "--refine", "--json", "-o", path).out)["plans"]
     assert min(p["predicted"]["step_s"] for p in refined) < min(p["predicted"]["step_s"] for p in plain)

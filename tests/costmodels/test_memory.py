@@ -1,5 +1,4 @@
-"""Peak memory: parameters and states against Megatron's numbers, micro-batches in flight against a simulated schedule, and a
-scalar twin that goes through every rank, chunk and layer."""
+"""Bytes of parameters, gradients and states: against Megatron's numbers, and laws."""
 
 import dataclasses
 
@@ -8,10 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplan.costmodels.activations import dense_activation_bytes, layer_activation_bytes, routed_activation_bytes
-from moeplan.costmodels.counts import layer_weights
 from moeplan.costmodels.layout import Layout, Layouts
-from moeplan.costmodels.megatron_counts import embedding_held, final_norm_held, head_held, layer_held, prediction_held
+from moeplan.costmodels.megatron_counts import layer_held
 from moeplan.costmodels.memory import (
     gradient_buffers,
     least_state_bytes,
@@ -22,11 +19,10 @@ from moeplan.costmodels.memory import (
     state_bytes,
     unit_parameters,
 )
-from moeplan.costmodels.model import Mlp, Moe
 from moeplan.costmodels.model_catalog import load_model
-from moeplan.costmodels.peak import head_bytes, in_flight, sent_bytes
-from moeplan.costmodels.price import peak_memory
-from moeplan.costmodels.stages import all_ranks, chunk_letters
+from moeplan.costmodels.peak import head_bytes, sent_bytes
+from moeplan.costmodels.price import Pricing
+from moeplan.costmodels.stages import all_ranks
 from moeplan.costmodels.workload import load_era, load_precision
 from moeplan.profiles.hardware import load_cluster, load_device
 from moeplan.profiles.profile import nominal
@@ -36,7 +32,6 @@ QUICK = settings(max_examples=60, deadline=None)
 WORKLOAD = workload_of()
 H100 = load_device("H100")
 TIED = dataclasses.replace(TINY_DENSE, name="tiny-tied", tied=True)
-MODELS = [TINY_DENSE, TIED, TINY_MOE, TINY_LATENT]
 
 
 def held(model, layout):
@@ -57,7 +52,7 @@ def test_states_of_qwen3_by_hand():
     dense, expert = held(model, layout)
     assert (round(dense.max() / 1e6, 1), round(expert.max() / 1e6, 1)) == (388.6, 1811.9)
     by_hand = dense.max() * (6 + 12 / 16) + expert.max() * (6 + 12 / 4)
-    peak = peak_memory(model, TWO_NODES, WORKLOAD, Layouts.of([layout]), every_rank=True)
+    peak = Pricing(model, TWO_NODES, WORKLOAD, Layouts.of([layout]), every_rank=True).peak_memory()
     states = peak["weights"] + peak["gradients"] + peak["optimizer states"]
     assert states.max() == pytest.approx(by_hand)
     assert states.max() / 1e9 == pytest.approx(18.93, abs=0.005)
@@ -129,7 +124,7 @@ def test_optimizer_step_by_hand():
     # with attention recomputed too, because the optimizer step is what needs most.
     layout = Layout(tp=4, pp=4, vpp=5, dp=2, edp=8, sequence_parallel=True, recompute=("mlp",))
     workload = workload_of(seq_len=4096, global_batch=32, gradient_bytes=2, precision=load_precision("fp8-cs"))
-    peak = peak_memory(load_model("llama3-70b"), nominal(load_cluster("h100x32")), workload, Layouts.of([layout]))
+    peak = Pricing(load_model("llama3-70b"), nominal(load_cluster("h100x32")), workload, Layouts.of([layout])).peak_memory()
     assert peak["optimizer step"].max() > 0
     assert peak.total.max() == pytest.approx(55.6e9, rel=0.01)
 
@@ -163,174 +158,6 @@ def test_what_must_stay_free():
     assert reserve_bytes(np.array([1e9, 2e9])).tolist() == pytest.approx([2 * 2**30 + 0.09e9, 2 * 2**30 + 0.18e9])
 
 
-# ---------------------------------------------------------------- micro-batches in flight
-
-# Stages, chunks, rank, micro-batches of the step: in flight at the peak.
-IN_FLIGHT = [
-    (1, 1, 0, 8, 1), (4, 1, 0, 8, 4), (4, 1, 3, 8, 1), (4, 1, 1, 8, 3), (4, 1, 0, 2, 2), (8, 1, 7, 1, 1),
-    (4, 2, 0, 8, 5.5), (4, 2, 3, 8, 2.5), (4, 4, 0, 8, 4.75), (2, 2, 0, 2, 2), (8, 4, 0, 32, 9.75),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("pp, vpp, rank, batches, expected", IN_FLIGHT)
-def test_in_flight_by_hand(pp, vpp, rank, batches, expected):
-    assert in_flight(pp, vpp, rank, batches) == expected
-
-
-def chunks_in_flight(pp, vpp, rank, batches):
-    """Most chunks that a rank holds under Megatron's schedules: warm-up forwards, then forwards and backwards in turn."""
-    total = batches * vpp
-    warm_up = min(total, pp - rank - 1 if vpp == 1 else (pp - rank - 1) * 2 + (vpp - 1) * pp)
-    held_now = most = 0
-    for step in ["F"] * warm_up + ["F", "B"] * (total - warm_up) + ["B"] * warm_up:
-        held_now += 1 if step == "F" else -1
-        most = max(most, held_now)
-    assert held_now == 0
-    return most
-
-
-@pytest.mark.parametrize("pp", [1, 2, 4, 8])
-@pytest.mark.parametrize("vpp", [1, 2, 3, 5])
-def test_in_flight_against_the_schedule(pp, vpp):
-    for rank in range(pp):
-        for batches in [1, 2, 3, 8, 16] if vpp == 1 else [pp, 2 * pp, 8 * pp] if pp > 1 else []:
-            assert in_flight(pp, vpp, rank, batches) * vpp == chunks_in_flight(pp, vpp, rank, batches)
-
-
-def warmed_up(pp, vpp, rank, batches):
-    """Micro-batches of each chunk that a rank holds when its first backward starts: rounds of pp through chunk after chunk."""
-    forward = min(batches * vpp, pp - rank if vpp == 1 else (pp - rank - 1) * 2 + (vpp - 1) * pp + 1)
-    held_now = [0] * vpp
-    for step in range(forward):
-        held_now[step % (pp * vpp) // pp if vpp > 1 else 0] += 1
-    return held_now
-
-
-def test_uneven_chunks_by_hand():
-    # Four ranks of two chunks, one layer in the very first and last chunk, two in the others: rank 0 holds 4 + 3 micro-batches
-    # of its first chunk and 4 of its second; rank 3 holds 4 and 1.
-    model = dataclasses.replace(TINY_DENSE, layers=(DENSE_LAYER,) * 14)
-    layout = Layout(pp=4, vpp=2, dp=4, edp=4, stages="Et|(tt|)*6tL")
-    workload = workload_of(global_batch=64)
-    layer = float(layer_activation_bytes(DENSE_LAYER, model, workload, Layouts.of([layout]))[0])
-    peak = peak_memory(model, TWO_NODES, workload, Layouts.of([layout]), every_rank=True)
-    assert (peak["activations"][:, 0] / layer).tolist() == [7 + 2 * 4, 2 * 5 + 2 * 4, 2 * 4 + 2 * 3, 2 * 4 + 1]
-    assert peak_memory(model, TWO_NODES, workload, Layouts.of([layout])).total.max() == peak.total.max()
-    # With one round of micro-batches no rank has any of a second.
-    once = peak_memory(model, TWO_NODES, workload_of(global_batch=16), Layouts.of([layout]), every_rank=True)
-    assert (once["activations"][:, 0] / layer).tolist() == [4 + 2 * 4, 4 * 4, 2 * 4 + 2 * 3, 2 * 4 + 1]
-
-
-def test_in_flight_of_arrays():
-    rows = np.array([row[:4] for row in IN_FLIGHT])
-    assert in_flight(*rows.T).tolist() == [row[4] for row in IN_FLIGHT]
-
-
-# ---------------------------------------------------------------- a scalar twin of the whole peak
-
-
-def activation(layer, model, layout, **changes):
-    one = Layouts.of([dataclasses.replace(layout, **changes)])
-    return float(layer_activation_bytes(layer, model, WORKLOAD, one)[0])
-
-
-def peak_of_rank(model, layout, rank):
-    """Bytes on one pipeline rank, added up chunk by chunk, layer by layer."""
-    degrees = layout.tp, layout.ep, layout.etp
-    tokens = layout.micro_batch * WORKLOAD.seq_len / layout.cp
-    ways = layout.tp if layout.sequence_parallel else 1
-    chunks = chunk_letters(model, layout.pp, layout.vpp, layout.stages)
-    # The final norm stands with the head, or beside the last decoder layer if prediction layers follow it.
-    normed = max(c for c, chunk in enumerate(chunks) if "t" in chunk) if model.mtp else len(chunks) - 1
-    kinds = iter(model.layers)
-    dense = expert = plain = saved = 0.0
-    head = False
-    held = warmed_up(layout.pp, layout.vpp, rank, int(WORKLOAD.global_batch / (layout.micro_batch * layout.dp)))
-    for place, chunk in enumerate(chunks):
-        layers = [next(kinds) for letter in chunk if letter == "t"]
-        if place % layout.pp != rank:
-            continue
-        parts = [layer_held(layer, model, *degrees) for layer in layers]
-        here = held[place // layout.pp]
-        saved += here * sum(activation(layer, model, layout) for layer in layers)
-        if "E" in chunk or "m" in chunk:
-            parts.append(embedding_held(model, layout.tp))
-            plain += parts[-1].dense
-        if "m" in chunk:
-            parts.append(prediction_held(model, *degrees))
-            saved += here * (activation(model.mtp[0], model, layout) + 4 * tokens * model.hidden / ways)
-        if "L" in chunk:
-            parts.append(head_held(model, layout.tp, shares_embedding="E" in chunk))
-            plain += parts[-1].dense
-            head = True
-        if place == normed:
-            parts.append(final_norm_held(model))
-        dense, expert = dense + sum(p.dense for p in parts), expert + sum(p.expert for p in parts)
-    # 1. states
-    shards = (layout.dp * layout.cp, layout.edp)
-    total = 0.0
-    for count, ranks in zip((dense, expert), shards, strict=True):
-        kept = ranks if layout.sharding == "fsdp" else 1
-        spread = 1 if layout.sharding == "ddp" else ranks
-        total += count * ((2 + 4) / kept + 12 * (1 - layout.optimizer_offload) / spread)
-        if layout.sharding == "fsdp":  # a whole stage with its gradients; else two layers
-            total += (2 + 4) * count if layout.pp > 1 else 2 * 2 * count / max(len(model.layers), 2)
-    if layout.sharding == "fsdp" and layout.pp == 1:  # embedding and head
-        total += (2 - 2 * 2 / max(len(model.layers), 2)) * plain
-    # 2. one gradient buffer for every shape of a weight that is multiplied
-    total += 64 * 2**20  # workspaces of the GEMM library
-    if layout.sharding != "fsdp":
-        shapes = set()
-        for kind in (*model.layers, *model.mtp):
-            for w in layer_weights(kind, model):
-                if w.gemm and w.name != "router":
-                    shapes.add((w.out, w.inp, w.shard, layout.etp if w.shard.is_expert else layout.tp if w.shard.is_cut else 1))
-        total += sum(2.0 * out * inp / cut for out, inp, _, cut in shapes)
-    # 3. activations of the micro-batches in flight, and what is held for a moment: logits, or the backward of one layer
-    moment = momentary(model, layout, tokens, ways)
-    if head:
-        vocab = 128 * layout.tp * -(-model.vocab // (128 * layout.tp)) / layout.tp
-        norm = 6 * tokens * model.hidden / ways + (4 * tokens * model.hidden if ways > 1 else 0)
-        moment = max(moment, 2 * tokens * vocab + 2 * vocab * model.hidden + norm)
-    return total + saved + moment
-
-
-def momentary(model, layout, tokens, ways):
-    """Bytes that the backward of the widest layer needs; what one layer recomputes is there again meanwhile."""
-    need, again = [0.0], {"dense": [0.0], "routed": [0.0]}
-    for layer in model.kinds:
-        for block in layer.blocks:
-            if isinstance(block, Moe):
-                rows = tokens / ways * block.topk * layout.etp
-                need.append(4 * rows * (model.hidden + block.width / layout.etp))
-            elif isinstance(block, Mlp):
-                need.append(4 * tokens * (model.hidden + block.width / layout.tp))
-            else:
-                need.append(8 * tokens * model.hidden / layout.tp)
-        for part, of in (("dense", dense_activation_bytes), ("routed", routed_activation_bytes)):
-            kept, whole = (
-                float(of(layer, model, WORKLOAD, Layouts.of([dataclasses.replace(layout, recompute=r)]))[0])
-                for r in (layout.recompute, ())
-            )
-            again[part].append(whole - kept)
-    return max(need) + max(again["dense"]) + max(again["routed"])
-
-
-@given(data=st.data())
-@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
-@settings(max_examples=25, deadline=None)
-def test_every_rank_against_the_scalar_twin(model, data):
-    layout = data.draw(layouts_of(model))
-    layouts = Layouts.of([layout])
-    everywhere = peak_memory(model, TWO_NODES, WORKLOAD, layouts, every_rank=True).total[:, 0]
-    twin = [peak_of_rank(model, layout, rank) for rank in range(layout.pp)]
-    assert everywhere.tolist() == pytest.approx(twin, rel=1e-12)
-    # The ranks that can bind hold the peak, and the bound from states alone stays below it.
-    binding = peak_memory(model, TWO_NODES, WORKLOAD, layouts).total[:, 0].max()
-    assert binding == pytest.approx(max(twin), rel=1e-12)
-    assert least_state_bytes(model, TWO_NODES.cluster.device, WORKLOAD, layouts)[0] <= binding
-
-
 # ---------------------------------------------------------------- laws
 
 
@@ -361,7 +188,7 @@ def test_the_mean_rank_holds_no_more_than_the_fullest(row):
 @QUICK
 def test_more_replicas_hold_smaller_shards(row):
     twice = dataclasses.replace(row, dp=2 * row.dp, edp=2 * row.edp)
-    shares = [peak_memory(TINY_MOE, TWO_NODES, WORKLOAD, Layouts.of([x])) for x in (row, twice)]
+    shares = [Pricing(TINY_MOE, TWO_NODES, WORKLOAD, Layouts.of([x])).peak_memory() for x in (row, twice)]
     assert shares[1]["optimizer states"] == pytest.approx(shares[0]["optimizer states"] / 2)
     assert shares[1]["weights"].tolist() == shares[0]["weights"].tolist()
     sharded = [dataclasses.replace(row, sharding=s) for s in ("fsdp", "optimizer", "ddp")]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moeplan.costmodels import price
 from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.model_catalog import load_model
-from moeplan.costmodels.price import Pricing, peak_memory, step_cost
+from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import balanced_split, chunk_letters, format_split
 from moeplan.costmodels.workload import load_precision
 from moeplan.profiles.hardware import load_cluster
@@ -57,7 +57,11 @@ def test_measured_peaks(name, layers, seq_len, layout, fullest, emptiest):
     capacity = 1.0 if name == "deepseek-v2" else 0.0
     workload = workload_of(seq_len=seq_len, global_batch=4 * layout.dp, capacity_factor=capacity)
     profile = nominal(load_cluster("b200x8"))
-    peak = peak_memory(load_model(name).cut(layers), profile, workload, Layouts.of([layout]), every_rank=True).total[:, 0]
+    peak = (
+        Pricing(load_model(name).cut(layers), profile, workload, Layouts.of([layout]), every_rank=True)
+        .peak_memory()
+        .total[:, 0]
+    )
     assert len(peak) == layout.pp
     assert peak.max() / 2**30 == pytest.approx(fullest, rel=0.026)
     assert peak.min() / 2**30 == pytest.approx(emptiest, rel=0.026)
@@ -85,9 +89,11 @@ def test_many_at_once_equal_one_at_a_time(model, profile, data):
 def test_parts_of_many_equal_parts_of_one(model, data):
     rows = data.draw(neighbours_of(model))[:6]
     layouts = Layouts.of(rows)
-    time, memory = step_cost(model, TWO_NODES, WORKLOAD, layouts), peak_memory(model, TWO_NODES, WORKLOAD, layouts)
+    many = Pricing(model, TWO_NODES, WORKLOAD, layouts)
+    time, memory = many.step_cost(), many.peak_memory()
     for i, row in enumerate(rows):
-        alone, held = (f(model, TWO_NODES, WORKLOAD, Layouts.of([row])) for f in (step_cost, peak_memory))
+        one = Pricing(model, TWO_NODES, WORKLOAD, Layouts.of([row]))
+        alone, held = one.step_cost(), one.peak_memory()
         assert time.time.at(i).parts == pytest.approx(alone.time.at(0).parts, rel=1e-12, abs=1e-15)
         ranks = len(alone.stage_s)
         assert time.stage_s[:ranks, i].tolist() == pytest.approx(alone.stage_s[:, 0].tolist(), rel=1e-12)
@@ -124,14 +130,14 @@ def test_parts_sum_to_the_total(model, data):
     layout = data.draw(layouts_of(model))
     layouts = Layouts.of([layout])
     seconds, peak = totals(model, [layout])
-    time = step_cost(model, TWO_NODES, WORKLOAD, layouts).time
+    time = Pricing(model, TWO_NODES, WORKLOAD, layouts).step_cost().time
     assert sum(float(v[0]) for _, v in time) == pytest.approx(seconds[0], rel=1e-12)
     assert all(v[0] >= -1e-15 * seconds[0] for _, v in time)
-    memory = peak_memory(model, TWO_NODES, WORKLOAD, layouts)
+    memory = Pricing(model, TWO_NODES, WORKLOAD, layouts).peak_memory()
     assert sum(v for _, v in memory).max() == pytest.approx(peak[0], rel=1e-12)
     assert all((v >= 0).all() for _, v in memory)
     # The layer parts are those of the slowest stage, for all its micro-batches.
-    slowest = step_cost(model, TWO_NODES, WORKLOAD, layouts).stage_s.max()
+    slowest = Pricing(model, TWO_NODES, WORKLOAD, layouts).step_cost().stage_s.max()
     batches = WORKLOAD.global_batch / (layout.micro_batch * layout.dp)
     assert time["layers/"] + time["head/"] + time["prediction/"] == pytest.approx(batches * slowest)
 
@@ -141,14 +147,16 @@ def test_parts_sum_to_the_total(model, data):
 @SOME
 def test_ranks_left_out_change_nothing(model, data):
     layouts = Layouts.of([data.draw(layouts_of(model))])
-    few, every = (step_cost(model, TWO_NODES, WORKLOAD, layouts, every_rank=e) for e in (False, True))
+    few, every = (Pricing(model, TWO_NODES, WORKLOAD, layouts, every_rank=e).step_cost() for e in (False, True))
     assert few.time.total[0] == pytest.approx(every.time.total[0], rel=1e-12)
     assert few.stage_s.max() == pytest.approx(every.stage_s.max(), rel=1e-12)
-    few, every = (peak_memory(model, TWO_NODES, WORKLOAD, layouts, every_rank=e) for e in (False, True))
+    few, every = (Pricing(model, TWO_NODES, WORKLOAD, layouts, every_rank=e).peak_memory() for e in (False, True))
     assert few.total.max() == pytest.approx(every.total.max(), rel=1e-12)
     # All stages together take what a search's bound starts from.
     whole = Pricing(model, TWO_NODES, WORKLOAD, layouts).whole_micro_batch_s()[0]
-    assert step_cost(model, TWO_NODES, WORKLOAD, layouts, every_rank=True).stage_s.sum() == pytest.approx(whole, rel=1e-12)
+    assert Pricing(model, TWO_NODES, WORKLOAD, layouts, every_rank=True).step_cost().stage_s.sum() == pytest.approx(
+        whole, rel=1e-12
+    )
 
 
 @given(row=layouts_of(TINY_LATENT, stages=""))
@@ -230,7 +238,7 @@ def test_quantised_training_is_faster_and_keeps_less():
     slow, fast = (totals(model, [layout], NODE, dataclasses.replace(workload, precision=p)) for p in (WORKLOAD.precision, FP8))
     assert 1.15 < slow[0][0] / fast[0][0] < 2.0
     parts = [
-        peak_memory(model, NODE, dataclasses.replace(workload, precision=p), Layouts.of([layout]))
+        Pricing(model, NODE, dataclasses.replace(workload, precision=p), Layouts.of([layout])).peak_memory()
         for p in (WORKLOAD.precision, FP8)
     ]
     assert parts[1]["activations"].max() < parts[0]["activations"].max()

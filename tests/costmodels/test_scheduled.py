@@ -81,15 +81,18 @@ def test_shared_experts_hide_the_exchange_beside_them():
 @pytest.mark.parametrize("shards", (1, 2, 8))
 @pytest.mark.parametrize("kappa", (0.0, 0.33, 1.0))
 def test_makespans_are_those_of_the_event_loop(count, shards, kappa):
-    chunk = layer(over_nodes(ep=16 // shards, etp=shards), block=BIG, profile=TWO_NODES).chunk(count)
+    question = layer(over_nodes(ep=16 // shards, etp=shards), block=BIG, profile=TWO_NODES)
+    chunk, one = question.chunk(count), question.chunk(1)
     across = bool(np.broadcast_to(chunk.across, 1)[0])
     for name, graph in (
         ("fsmoe", three_streams(count) if across else parse_graph(two_streams(count))),
         ("tutel", parse_graph(two_streams(count))),
     ):
-        for took, experts in zip(makespans(name, chunk, kappa), (chunk.forward_s, chunk.backward_s), strict=True):
-            seconds = {**kinds(chunk, experts), "M": 0.0, "R": 0.0}
-            overlapped, serial = simulate(graph, seconds).makespan_s, serial_s(graph, seconds)
+        ways = ((chunk.forward_s, one.forward_s), (chunk.backward_s, one.backward_s))
+        for took, (experts, undivided) in zip(makespans(name, chunk, one, kappa), ways, strict=True):
+            seconds, alone = ({**kinds(c, e), "M": 0.0, "R": 0.0} for c, e in ((chunk, experts), (one, undivided)))
+            overlapped = simulate(graph, seconds).makespan_s
+            serial = max(serial_s(three_streams(1), alone), overlapped)
             assert float(np.broadcast_to(took, 1)[0]) == pytest.approx(overlapped + kappa * (serial - overlapped), rel=1e-12)
 
 
@@ -143,7 +146,8 @@ def test_nothing_is_gained_where_nothing_overlaps():
     question = layer(over_nodes(), block=BIG, profile=serial)
     whole = question.chunk(1)
     for count in DEGREES:
-        for took, first in zip(makespans("fsmoe", question.chunk(count), 1.0), makespans("fsmoe", whole, 1.0), strict=True):
+        firsts = makespans("fsmoe", whole, whole, 1.0)
+        for took, first in zip(makespans("fsmoe", question.chunk(count), whole, 1.0), firsts, strict=True):
             assert took[0] >= first[0] * (1 - 1e-12)
     assert all(gain[0] == 0.0 for gain in shared_gain_s(question))
 

@@ -23,7 +23,8 @@ from moeplan.costmodels.stages import (
     rank_contents,
 )
 from moeplan.errors import LayoutError
-from tests.conftest import DENSE_LAYER, MOE_LAYER, TINY_LATENT, TINY_MOE, layouts_of
+from tests.conftest import DENSE_LAYER, LATENT_LAYER, MOE_LAYER, TINY_LATENT, TINY_MOE, layouts_of
+from tests.costmodels.random_splits import unequal_splits
 
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -208,11 +209,57 @@ def test_binding_ranks_dominate_all_others(row):
     assert everything.sum(axis=0).tolist() == [1, 7, 1, 1, 1]
     ranks = binding_ranks(TINY_LATENT, row.pp, row.vpp, row.stages)
     kept = np.column_stack([ranks.kinds, ranks.embedding, ranks.head, ranks.mtp])
-    for rank, content in enumerate(everything):
-        assert any((k >= content).all() and r <= rank for k, r in zip(kept, ranks.rank, strict=True))
     # What is listed is what those ranks hold, none twice.
     assert (everything[ranks.rank.astype(int)] == kept).all()
     assert len(set(ranks.rank)) == len(ranks.rank)
+    for rank, content in enumerate(everything):
+        assert any((k >= content).all() and r <= rank for k, r in zip(kept, ranks.rank, strict=True))
+
+
+@given(unequal_splits(TINY_LATENT, (2, 3, 4)), st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3))
+@QUICK
+def test_binding_ranks_keep_the_most_in_flight(given_, weights):
+    model, row = given_
+    chosen = [choose(model, row.pp, row.vpp, row.stages) for choose in (binding_ranks, all_ranks)]
+    for steps in (0, 1) if row.vpp > 1 else ():
+        few, every = (max((m[steps] @ weights[-m[steps].shape[1] :]).max() for m in ranks.moments) for ranks in chosen)
+        assert few == every
+
+
+def test_ranks_of_equal_sums_bind_by_their_chunks():
+    # Ranks 1 and 2 hold four layers each: 1 and 3, 3 and 1. Rank 1 has 5 and 4 micro-batches in flight, 17 layers; rank 2 comes
+    # to hold 7 of its first chunk and none of its second, 21.
+    model = dataclasses.replace(TINY_LATENT, layers=(LATENT_LAYER,) * 12, mtp=())
+    ranks = binding_ranks(model, 4, 2, "Et|t|t*3|t|t|t*3|t|tL")
+    assert ranks.rank.tolist() == [0, 1, 2, 3]
+    assert [pair[1][:, 0].max() for pair in ranks.moments[1:3]] == [17, 21]
+
+
+@given(unequal_splits(TINY_LATENT, (1, 2, 3, 4)))
+@QUICK
+def test_contents_against_the_letters(given_):
+    model, row = given_
+    chunks = chunk_letters(model, row.pp, row.vpp, row.stages)
+    letters = ["".join(chunks[r :: row.pp]) for r in range(row.pp)]
+    content = rank_contents(model, row.pp, row.vpp, row.stages)
+    assert content[:, -3:].tolist() == [[text.count(x) for x in "ELm"] for text in letters]
+    assert content[:, :-3].sum(axis=1).tolist() == [text.count("t") for text in letters]
+
+
+def test_moments_by_hand():
+    # Four ranks of two chunks of 3 and 1 layers: what each rank holds of a round of 4 micro-batches and of longer steps.
+    model = dataclasses.replace(TINY_LATENT, layers=(LATENT_LAYER,) * 16, mtp=())
+    ranks = all_ranks(model, 4, 2, "Et*3|(t*3|)*3(t|)*3tL")
+    assert [[moment[:, 0].tolist() for moment in pair] for pair in ranks.moments] == [
+        [[16], [3 * 8 + 3]], [[16], [3 * 8 + 1]], [[15], [3 * 7]], [[13], [3 * 5]],
+    ]  # fmt: skip
+    assert ranks.loss.tolist() == [3 * 4 + 1, 0]
+    # Where all chunks are equal, so are all moments.
+    even = all_ranks(model, 4, 2, "")
+    assert [[moment.tolist() for moment in pair] for pair in even.moments] == [
+        [[[16, 0]], [[2 * 11, 0]]], [[[16, 0]], [[2 * 9, 0]]], [[[14, 0]]] * 2, [[[10, 0]]] * 2,
+    ]  # fmt: skip
+    assert all_ranks(model, 4, 1, "").moments == () and all_ranks(model, 4, 1, "").loss.tolist() == [4, 0]
 
 
 @given(row=layouts_of(TINY_LATENT))

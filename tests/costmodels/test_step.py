@@ -13,7 +13,7 @@ from moeplan.costmodels.layer import layer_time
 from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.memory import rank_parameters, unit_parameters
 from moeplan.costmodels.model_catalog import load_model
-from moeplan.costmodels.price import step_cost
+from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import all_ranks, chunk_letters
 from moeplan.costmodels.step import (
     data_parallel_exposed_s,
@@ -34,7 +34,7 @@ ONE = Layouts.of([Layout()])
 
 
 def cost(model, layout, profile=PLAIN, workload=WORKLOAD, **options):
-    return step_cost(model, profile, workload, Layouts.of([layout]), **options)
+    return Pricing(model, profile, workload, Layouts.of([layout]), **options).step_cost()
 
 
 def total(parts):

@@ -30,13 +30,18 @@ def traced(request: pytest.FixtureRequest) -> tuple[StepTimeline, Trace]:
     return timeline, step_trace(timeline, TWO_NODES, layout)
 
 
+def events_of(trace: Trace) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads("".join(trace.pieces()))["traceEvents"]
+    return found
+
+
 def by_thread(trace: Trace) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """Complete events of each thread, longer ones first among those that begin together."""
+    """Complete events of each thread by their start, and as the file has them where they begin together."""
     out = defaultdict(list)
-    for event in trace.events:
+    for event in events_of(trace):
         if event["ph"] == "X":
             out[event["pid"], event["tid"]].append(event)
-    return {key: sorted(events, key=lambda e: (e["ts"], -e["dur"])) for key, events in out.items()}
+    return {key: sorted(events, key=lambda e: float(e["ts"])) for key, events in out.items()}
 
 
 def test_slices_nest(traced: tuple[StepTimeline, Trace]) -> None:
@@ -54,35 +59,35 @@ def test_slices_nest(traced: tuple[StepTimeline, Trace]) -> None:
 
 def test_every_pass_is_there_with_its_layers(traced: tuple[StepTimeline, Trace]) -> None:
     timeline, trace = traced
-    passes = [e for e in trace.events if e.get("cat") in ("forward", "backward")]
+    passes = [e for e in events_of(trace) if e.get("cat") in ("forward", "backward")]
     assert len(passes) == len(timeline.passes.rank) and not trace.remark
     assert sum(e["dur"] for e in passes) / 1e6 == pytest.approx(timeline.busy_s.sum(), rel=1e-4)
-    layers = [e for e in trace.events if e["ph"] == "X" and e["name"].startswith("layer ")]
+    layers = [e for e in events_of(trace) if e["ph"] == "X" and e["name"].startswith("layer ")]
     assert len(layers) == 2 * len(TINY_LATENT.layers) * timeline.batches
 
 
 def test_arrows_pair_up(traced: tuple[StepTimeline, Trace]) -> None:
     timeline, trace = traced
-    starts = {e["id"]: e for e in trace.events if e["ph"] == "s"}
-    ends = {e["id"]: e for e in trace.events if e["ph"] == "f"}
+    starts = {e["id"]: e for e in events_of(trace) if e["ph"] == "s"}
+    ends = {e["id"]: e for e in events_of(trace) if e["ph"] == "f"}
     assert starts.keys() == ends.keys() and len(starts) == (timeline.passes.source >= 0).sum()
     assert all(starts[i]["ts"] <= ends[i]["ts"] and starts[i]["pid"] != ends[i]["pid"] for i in starts)
-    slices = {(e["pid"], e["tid"], e["ts"]) for e in trace.events if e["ph"] == "X"}
+    slices = {(e["pid"], e["tid"], e["ts"]) for e in events_of(trace) if e["ph"] == "X"}
     assert all((e["pid"], e["tid"], e["ts"]) in slices for e in (*starts.values(), *ends.values()))
 
 
 def test_memory_peaks_where_the_plan_does(traced: tuple[StepTimeline, Trace]) -> None:
     timeline, trace = traced
     peaks: dict[int, float] = defaultdict(float)
-    for event in trace.events:
+    for event in events_of(trace):
         if event["ph"] == "C":
             peaks[event["pid"]] = max(peaks[event["pid"]], event["args"]["GiB"])
-    assert [peaks[r] for r in range(timeline.ranks)] == pytest.approx((timeline.peak_bytes / GIB).tolist(), rel=1e-12)
+    assert [peaks[r] for r in range(timeline.ranks)] == pytest.approx((timeline.peak_bytes / GIB).tolist(), abs=1e-6)
 
 
 def test_names_of_processes_and_threads(traced: tuple[StepTimeline, Trace]) -> None:
     timeline, trace = traced
-    names = {(e["pid"], e["tid"], e["name"]): e["args"] for e in trace.events if e["ph"] == "M"}
+    names = {(e["pid"], e["tid"], e["name"]): e["args"] for e in events_of(trace) if e["ph"] == "M"}
     for rank in range(timeline.ranks):
         assert names[rank, 0, "process_name"]["name"].startswith(f"stage {rank}: ")
         assert [names[rank, i, "thread_name"]["name"] for i in range(len(STREAMS))] == list(STREAMS)
@@ -92,16 +97,33 @@ def test_too_many_layers_are_left_out() -> None:
     layout = LAYOUTS["1f1b"]
     timeline = step_timeline(TINY_MOE, TWO_NODES, workload_of(), layout)
     whole, some, none = (step_trace(timeline, TWO_NODES, layout, most) for most in (200_000, 500, 0))
-    assert not whole.remark and len(none.events) < len(some.events) <= len(none.events) + 500 < len(whole.events)
+    counts = [len(events_of(trace)) for trace in (whole, some, none)]
+    assert not whole.remark and counts[2] < counts[1] <= counts[2] + 500 < counts[0]
     assert some.remark.startswith("layers are shown inside ") and "of 128 passes" in some.remark
     assert none.remark.startswith("layers are shown inside 0 of 128 passes")
 
 
-def test_the_file_is_json_and_whole(traced: tuple[StepTimeline, Trace], tmp_path: Path) -> None:
+def test_every_event_is_what_viewers_read(traced: tuple[StepTimeline, Trace]) -> None:
+    timeline, trace = traced
+    needed = {"X": {"ts", "dur"}, "s": {"ts", "id"}, "f": {"ts", "id", "bp"}, "C": {"ts", "args"}, "M": {"args"}}
+    for event in events_of(trace):
+        assert {"name", "ph", "pid"} | needed[event["ph"]] <= event.keys()
+        assert 0 <= event["pid"] < timeline.ranks and event["ph"] in "MC" or event["cat"] and 0 <= event["tid"] < len(STREAMS)
+        assert all(isinstance(event[key], (int, float)) for key in ("ts", "dur") if key in event)
+        assert event.get("bp", "e") == "e"
+
+
+def test_the_file_is_json_and_whole(
+    traced: tuple[StepTimeline, Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, trace = traced
-    path = tmp_path / "trace.json"
-    trace.save(path)
-    assert json.loads(path.read_text())["traceEvents"] == json.loads(json.dumps(trace.events))
+    path, reports = tmp_path / "trace.json", list[tuple[int, int]]()
+    monkeypatch.setattr("moeplan.costmodels.trace.BLOCK", 100)
+    trace.save(path, lambda done, most: reports.append((done, most)))
+    data = json.loads(path.read_text())
+    assert data["displayTimeUnit"] == "ms" and data["traceEvents"] == events_of(trace)
     assert [p.name for p in tmp_path.iterdir()] == ["trace.json"]
+    done, most = zip(*reports, strict=True)
+    assert list(done) == sorted(done) and done[-1] == len(data["traceEvents"]) <= most[-1] <= 1.5 * done[-1]
     with pytest.raises(FileError, match="cannot write trace"):
         trace.save(tmp_path / "none" / "trace.json")

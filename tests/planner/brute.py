@@ -121,7 +121,7 @@ class Prices:
         base = accepted(problem, list(without_recompute(problem, **fixed)))
         sets, extra = recompute_sets(problem.model), inside_layers(problem)
         self.layouts = accepted(problem, [replace(x, recompute=s, **more) for x in base for s in sets for more in extra])
-        pricing = Pricing(problem.model, problem.profile, problem.workload, Layouts.of(self.layouts))
+        pricing = Pricing(problem.model, problem.profile, problem.workload, Layouts.of(self.layouts), exact=True)
         self.step_s, self.peak_bytes = pricing.step_seconds().tolist(), pricing.peak_bytes().tolist()
 
     def limit(self, share: float) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeplan.costmodels.layout import Layouts
-from moeplan.costmodels.price import peak_memory, step_cost
+from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.uncertainty import interval
 from moeplan.errors import FileError, SchemaError
 from moeplan.planner.estimate import OUTPUT_COLUMNS, PricedRun, price_runs, read_table, table_text
@@ -60,9 +60,9 @@ def test_a_row_is_priced_as_its_layout_alone() -> None:
     for row in (BRIDGE, SIMUMAX, SWIFT):
         run = read_run(row)
         profile, one = nominal(run.cluster), Layouts.of([run.layout])
-        time = step_cost(run.model, profile, run.workload, one).time.at(0)
+        time = Pricing(run.model, profile, run.workload, one).step_cost().time.at(0)
         step = float(time.total)
-        peak = float(peak_memory(run.model, profile, run.workload, one).total.max())
+        peak = float(Pricing(run.model, profile, run.workload, one).peak_memory().total.max())
         low, high = interval(run.model, profile, run.workload, time)
         (priced,) = price_runs([row])
         assert priced.cost is not None and float(priced.cost.total) == pytest.approx(step, rel=1e-12)

@@ -21,6 +21,7 @@ from moeplan.errors import LayoutError, ScheduleError
 Direction: TypeAlias = Literal["forward", "backward"]
 Parts: TypeAlias = Mapping[str, Any]
 """Seconds of one task by its kind; numbers or arrays."""
+_FACTORED = 10**12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +152,7 @@ class LayerSchedule(ABC):
 
     @abstractmethod
     def serial_seconds(self, degree: Any, parts: Parts, size: MoeSize) -> Any:
-        """Seconds of the same tasks one after the other, what `imperfect_s` takes for no overlap."""
+        """Seconds of the same tasks one after the other; `imperfect_s` takes those of one chunk for no overlap."""
 
 
 def times(
@@ -204,7 +205,11 @@ def expert_line(gemm: AlphaBeta, gemms: Any) -> AlphaBeta:
 
 
 def imperfect_s(overlapped_s: Any, alone_s: Any, kappa: Any) -> Any:
-    """Seconds between perfect overlap (kappa 0) and none (kappa 1, `alone_s`); kappa is measured, about 0.3 to 0.4."""
+    """Seconds between perfect overlap (kappa 0) and none (kappa 1, `alone_s`); kappa is measured, about 0.3 to 0.4.
+
+    `alone_s` is the work in one chunk, whatever the chunks of `overlapped_s`: FSMoE's published speed-ups fit that alone, not a
+    sum over chunks, whose start-ups one chunk spares.
+    """
     return overlapped_s + kappa * (alone_s - overlapped_s)
 
 
@@ -217,7 +222,7 @@ def check_groups(ranks: int, mp: int, ep: int, esp: int) -> None:
         hint = f"with esp {esp}, ep must be {ranks // esp}" if ranks % esp == 0 else f"esp must divide {ranks}"
         raise LayoutError(f"ep {ep} x esp {esp} = {ep * esp} ranks, but the MoE layer has {ranks}", hint=hint)
     if ranks % mp:
-        hint = f"use one of {', '.join(map(str, _divisors(ranks)))}"
+        hint = f"use a divisor of {ranks}, like {_divisor(ranks, mp)}"
         raise LayoutError(f"mp {mp} does not divide the {ranks} ranks of the MoE layer", hint=hint)
 
 
@@ -230,16 +235,17 @@ def check_degree(degree: Any, slots: Any = None) -> None:
     _at_least(0, held, "the capacity of an expert", "slots")
     if (uneven := held % r != 0).any():
         chunks, capacity = int(r[uneven].flat[0]), float(held[uneven].flat[0])
-        padded = math.ceil(capacity / chunks) * chunks
-        fewer = max((d for d in _divisors(int(capacity)) if d <= chunks), default=1)
-        hint = f"use r = {fewer}, or pad the capacity to {padded}"
+        padded = -(-math.ceil(capacity) // chunks) * chunks
+        hint = f"use r = {_divisor(int(capacity), chunks)}, or pad the capacity to {padded}"
         raise ScheduleError(f"r = {chunks} chunks do not divide a capacity of {capacity:g} slots", hint=hint)
 
 
-def _divisors(number: int) -> list[int]:
-    """Divisors of a number, upwards."""
+def _divisor(number: int, most: int) -> int:
+    """A divisor of a number, at most `most`: the greatest, but of numbers past `_FACTORED` one that `most` has too."""
+    if number > _FACTORED:
+        return math.gcd(number, most)
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*low, *(number // d for d in low)})
+    return max(d for d in (*low, *(number // d for d in low)) if d <= most)
 
 
 def _at_least(least: float, value: Any, what: str, unit: str) -> None:

@@ -1,8 +1,9 @@
 """Which schedule of an MoE layer is quickest, and in how many chunks.
 
 Every schedule is priced at every allowed number of chunks by its closed form; the least wins, the first in the lists where two
-take the same. Numbers or arrays: a million layers are one pass of numpy. Overlap may be imperfect (kappa, `imperfect_s`).
-Units: seconds. Forward and backward are chosen apart; R, the gradient all-reduce put into the layer, belongs to backward.
+take the same. Numbers or arrays: a million layers are one pass of numpy. With kappa overlap is imperfect: T + kappa (serial -
+T), serial the layer in one chunk with nothing overlapped. Forward and backward are chosen apart; R, the gradient all-reduce put
+into the layer, belongs to backward. Units: seconds. Not valid for unbalanced loads.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def schedule_s(
     overlapped_s = schedule.seconds(degree, parts, size)
     if np.ndim(kappa) == 0 and kappa == 0.0:
         return overlapped_s
-    return imperfect_s(overlapped_s, schedule.serial_seconds(degree, parts, size), kappa)
+    whole = {**schedule.parts(size, lines, 1, direction), "R": gradient_s}
+    return imperfect_s(overlapped_s, schedule.serial_seconds(1, whole, size), kappa)
 
 
 def best_choice(

@@ -1,9 +1,10 @@
-"""Comet: overlap at the granularity of tiles, an ideal that bounds every chunked schedule from below.
+"""Comet: overlap at the granularity of tiles, an ideal for schedules in chunks.
 
 Comet (MLSys 2025) decomposes the buffer between all-to-all and grouped GEMM into tiles inside one kernel. Here: FSMoE's three
 streams with as many chunks as there are tiles and no start-ups. Without ESP the time is max(all-to-all, experts) and one tile
 more. It falls as tiles get more, since each term is a mean of a sum (weight 1 / tiles) and of a smaller maximum; so at the same
-number or more it is no longer than any chunked schedule here. Units: seconds; numbers or arrays. Nothing runs it.
+number or more it is no longer than any schedule here that gathers the tokens (M) in one piece at the end. FlowMoE gathers a
+micro-batch at a time, and may be shorter where tokens are gathered. Units: seconds; numbers or arrays. Nothing runs it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Comet(LayerSchedule):
     """The degree is the number of tiles."""
 
     name = "comet"
-    title = "tiles on three streams without start-ups: a lower bound"
+    title = "tiles on three streams without start-ups: an ideal"
     source = "Comet (MLSys 2025)"
     chunked = True
 

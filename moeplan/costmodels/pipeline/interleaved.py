@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from moeplan.costmodels.moments import Ints, compositions
 from moeplan.costmodels.pipeline.action import Action, Orders, loop_route
 from moeplan.costmodels.pipeline.base import PassSeconds, PipelineSchedule
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -72,24 +70,9 @@ class Interleaved(PipelineSchedule):
         return np.minimum(batches * chunks, self._ahead(stages, chunks, rank) + 1) / chunks
 
     def compositions(self, stages: int, chunks: int, rank: int, batches: int) -> Ints:
-        """Micro-batches in flight in each chunk of a rank when it may be fullest, [moments, chunks]; groups are full.
-
-        Their sum is the same from the first backward to the last forward, but forwards fill the first chunks while backwards
-        empty the last, so that a rank whose first chunk keeps most is fullest later. Between the moments when either passes on
-        to another chunk, every count rises or falls evenly.
-        """
-        group, all_passes = self.group or stages, batches * chunks
-        ahead = min(self._ahead(stages, chunks, rank) + 1, all_passes)
-        done = np.arange(all_passes - ahead + 1)  # backwards that have ended, [moments]
-        done = done[(done % group == 0) | ((ahead + done) % group == 0) | (done == done[-1])]
-        period, begins = group * chunks, group * np.arange(chunks)
-
-        def entered(passes: Ints) -> Ints:
-            """Micro-batches among the first `passes` that entered each chunk, [moments, chunks]."""
-            rest: Ints = np.clip((passes % period)[:, None] - begins, 0, group)
-            return (passes // period)[:, None] * group + rest
-
-        held: Ints = np.unique(entered(ahead + done) - entered(done)[:, ::-1], axis=0)
+        """Micro-batches in flight in each chunk of a rank when it may be fullest, [moments, chunks]; groups are full."""
+        passes = self._ahead(stages, chunks, rank) + 1
+        held: Ints = np.unique(compositions(self.group or stages, chunks, passes, batches), axis=0)
         return held
 
     def _ahead(self, stages: Any, chunks: Any, rank: Any) -> Any:

@@ -101,8 +101,10 @@ def test_groups():
         check_groups(32, mp=4, ep=4, esp=4)
     with pytest.raises(LayoutError, match="ep 4 x esp 3 = 12 ranks, but the MoE layer has 32 .esp must divide 32"):
         check_groups(32, mp=4, ep=4, esp=3)
-    with pytest.raises(LayoutError, match=r"mp 4 does not divide the 6 ranks of the MoE layer \(use one of 1, 2, 3, 6\)"):
+    with pytest.raises(LayoutError, match=r"mp 4 does not divide the 6 ranks of the MoE layer \(use a divisor of 6, like 3\)"):
         check_groups(6, mp=4, ep=3, esp=2)
+    with pytest.raises(LayoutError, match=r"use a divisor of 999999937, like 1\)"):  # a prime
+        check_groups(999_999_937, mp=2, ep=999_999_937, esp=1)
     for bad in ({"mp": 0}, {"ep": -8, "esp": -4}, {"esp": 0}, {"mp": 0.5}):
         with pytest.raises(LayoutError, match="is not a number of ranks"):
             check_groups(**({"ranks": 32, "mp": 4, "ep": 8, "esp": 4} | bad))
@@ -116,6 +118,8 @@ def test_degrees():
         ScheduleError, match=r"r = 8 chunks do not divide a capacity of 100 slots \(use r = 5, or pad the capacity to 104\)"
     ):
         check_degree(8, 100)
+    with pytest.raises(ScheduleError, match="use r = 2, or pad the capacity to 1000000000000000002"):  # too large to factor
+        check_degree(6, 10**18)
     with pytest.raises(ScheduleError, match="r = 3 chunks do not divide a capacity of 8 slots"):
         check_degree(np.array([1, 3]), 8)
     for bad in (0, -2, np.array([1, 0])):

@@ -12,7 +12,7 @@ from moeplan.costmodels.moe.base import AlphaBeta, Lines, MoeSize, imperfect_s
 from moeplan.costmodels.moe.choice import CANDIDATES, best_choice, best_degree, schedule_s
 from moeplan.costmodels.moe.fsmoe import DEGREES, FsMoe
 from moeplan.costmodels.moe.s1 import S1
-from moeplan.costmodels.moe.schedules import SCHEDULES
+from moeplan.costmodels.moe.schedules import SCHEDULES, find_schedule
 from moeplan.costmodels.simulate import makespan_s, serial_s
 from moeplan.errors import ScheduleError
 from tests.costmodels.moe.vectors import FREE, LINES, QUICK, all_lines, sizes, stacked
@@ -31,10 +31,11 @@ def test_it_is_the_least_of_all(rows, lines, direction, kappa, gradient_s):
     for i, size in enumerate(rows):
         found = {}
         for n, schedule in enumerate(CANDIDATES):
+            whole = {**schedule.parts(size, lines, 1, direction), "R": gradient_s}
+            alone_s = serial_s(schedule.graph(1, size), whole)
             for r in DEGREES if schedule.chunked else (1,):
                 parts = {**schedule.parts(size, lines, r, direction), "R": gradient_s}
-                graph = schedule.graph(r, size)
-                found[n, r] = imperfect_s(makespan_s(graph, parts), serial_s(graph, parts), kappa)
+                found[n, r] = imperfect_s(makespan_s(schedule.graph(r, size), parts), alone_s, kappa)
         assert took_s[i] == pytest.approx(min(found.values())) == pytest.approx(found[index[i], degree[i]])
 
 
@@ -46,6 +47,16 @@ def test_the_best_degree_is_the_best(size, lines, direction):
     for r in range(1, 9):
         other = schedule_s(FsMoe(), sizes_, lines, r, direction)
         assert (took_s <= other).all() and (took_s[degree == r] == other[degree == r]).all()
+
+
+@given(size=sizes(), lines=all_lines, direction=DIRECTIONS, gradient_s=st.floats(0, 0.1), r=st.integers(1, 9))
+@QUICK
+def test_without_overlap_chunks_do_not_matter(size, lines, direction, gradient_s, r):
+    for schedule in SCHEDULES:
+        once_s, often_s = (schedule_s(schedule, size, lines, n, direction, kappa=1.0, gradient_s=gradient_s) for n in (1, r))
+        assert often_s == pytest.approx(once_s, rel=1e-9)
+    layouts = [schedule_s(find_schedule(name), size, lines, r, direction, kappa=1.0) for name in ("fsmoe", "hierarchical")]
+    assert layouts[0] == pytest.approx(layouts[1])
 
 
 def test_ties_go_to_the_first():

@@ -23,7 +23,10 @@ def took_s(schedule, degree, size, lines, direction="forward"):
 def test_no_chunked_schedule_is_quicker(size, lines, r, direction):
     free = replace(lines, mp_gather=replace(lines.mp_gather, startup_s=0.0))
     bound_s = took_s(Comet(), TILES, size, free, direction)
-    for name in ("tutel", "tutel-improved", "pipemoe", "fsmoe-no-iio", "fsmoe", "hierarchical", "shared-overlap"):
+    names = ["tutel", "tutel-improved", "pipemoe", "lina", "fsmoe-no-iio", "fsmoe", "hierarchical", "shared-overlap"]
+    if size.closing_ranks == 1:
+        names.append("flowmoe")
+    for name in names:
         degree = r if find_schedule(name).chunked else 1
         assert bound_s <= took_s(find_schedule(name), degree, size, free, direction) * (1 + 1e-9)
     assert bound_s <= took_s(Comet(), r, size, free, direction) * (1 + 1e-9)

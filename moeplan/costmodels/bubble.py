@@ -1,0 +1,56 @@
+"""How long a pipeline takes for its passes, given what each unit of work takes: exactly, or from below.
+
+`pipeline/waves.py` runs the passes of plain and interleaved 1F1B. Below that stands what rank r does without pause, m t_r, with
+what it must wait for: the first chunks of the ranks before it, forward until it starts and backward after it ends, x_<r; in
+plain 1F1B also the ranks behind it, x_>r, where a round trip of its first and last micro-batch takes longer than its own
+k = p - 1 - r passes ahead:
+    interleaved     m t_r + x_<r
+    plain, m > p    m t_r + x_<r + max(0, 2 x_>r - k t_r)
+    plain, m <= p   m t_r + x_<r + max(0, x_>r - min(m - 1, k) t_r)
+the greatest over all ranks. For equal stages this is the whole time, (m + (p - 1) / v) t (arXiv:2104.04473, section 2), and
+nearly so for nearly equal ones. Chunks of one rank that differ make neighbours wait for each other beyond it. Units: seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moeplan.costmodels.pipeline.waves import span_s
+from moeplan.costmodels.stages import Fill, Floats
+
+
+def least_span_s(fill: Fill, units_s: Sequence[Any], batches: Any) -> Any:
+    """Seconds that no pipeline of this split can beat, [n]; `units_s`: one micro-batch in each unit, [n] each."""
+    out: Any = 0.0
+    for k in range(len(fill.held)):
+        own = _weighted(fill.held[k], units_s)
+        took = batches * own + _weighted(fill.before[k], units_s)
+        if fill.chunks == 1:
+            behind, ahead = _weighted(fill.behind[k], units_s), float(fill.ranks_behind[k])
+            few = behind - np.minimum(batches - 1, ahead) * own
+            took = took + np.maximum(np.where(batches > fill.ranks, 2.0 * behind - ahead * own, few), 0.0)
+        out = np.maximum(out, took)
+    return out
+
+
+def exact_span_s(chunks: Floats, forward_s: Sequence[Any], backward_s: Sequence[Any], batches: Any) -> Any:
+    """Seconds of all passes, [n]; `chunks`: units of every chunk, [p, v, units]; seconds of each unit, [n] each.
+
+    0 where micro-batches are no whole number, or interleaved groups of p are not full: no order is known.
+    """
+    n, (p, v, _) = len(batches), chunks.shape
+    ways = [np.stack([np.broadcast_to(unit, n) for unit in way]) for way in (forward_s, backward_s)]
+    forward, backward = (np.einsum("pvu,un->pvn", chunks, way) for way in ways)
+    out = np.zeros(n)
+    rows = np.flatnonzero((batches == np.floor(batches)) & ((v == 1) | (batches % p == 0)))
+    if len(rows):
+        out[rows] = span_s(forward[..., rows], backward[..., rows], batches[rows])
+    return out
+
+
+def _weighted(counts: Floats, values: Sequence[Any]) -> Any:
+    return functools.reduce(lambda total, pair: total + pair[0] * pair[1], zip(counts, values, strict=True), 0.0)
