@@ -13,7 +13,6 @@ nearly so for nearly equal ones. Chunks of one rank that differ make neighbours 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,16 +24,17 @@ from moeplan.costmodels.stages import Fill, Floats
 
 def least_span_s(fill: Fill, units_s: Sequence[Any], batches: Any) -> Any:
     """Seconds that no pipeline of this split can beat, [n]; `units_s`: one micro-batch in each unit, [n] each."""
-    out: Any = 0.0
-    for k in range(len(fill.held)):
-        own = _weighted(fill.held[k], units_s)
-        took = batches * own + _weighted(fill.before[k], units_s)
-        if fill.chunks == 1:
-            behind, ahead = _weighted(fill.behind[k], units_s), float(fill.ranks_behind[k])
-            few = behind - np.minimum(batches - 1, ahead) * own
-            took = took + np.maximum(np.where(batches > fill.ranks, 2.0 * behind - ahead * own, few), 0.0)
-        out = np.maximum(out, took)
-    return out
+    units = np.stack(np.broadcast_arrays(*units_s))
+    own = fill.held @ units  # [K, n]
+    took = batches * own + fill.before @ units
+    if fill.chunks == 1:
+        behind, ahead = fill.behind @ units, fill.ranks_behind[:, None]
+        full = np.all(batches > fill.ranks)
+        waits = 2.0 * behind - ahead * own
+        if not full:
+            waits = np.where(batches > fill.ranks, waits, behind - np.minimum(batches - 1, ahead) * own)
+        took = took + np.maximum(waits, 0.0)
+    return took.max(axis=0)
 
 
 def exact_span_s(chunks: Floats, forward_s: Sequence[Any], backward_s: Sequence[Any], batches: Any) -> Any:
@@ -50,7 +50,3 @@ def exact_span_s(chunks: Floats, forward_s: Sequence[Any], backward_s: Sequence[
     if len(rows):
         out[rows] = span_s(forward[..., rows], backward[..., rows], batches[rows])
     return out
-
-
-def _weighted(counts: Floats, values: Sequence[Any]) -> Any:
-    return functools.reduce(lambda total, pair: total + pair[0] * pair[1], zip(counts, values, strict=True), 0.0)

@@ -220,7 +220,7 @@ class Fill:
 
 @functools.lru_cache(maxsize=4096)
 def filling(model: Model, pp: int, vpp: int, split: str) -> Fill:
-    """The first and the last of the ranks that hold the same."""
+    """The first and the last of the ranks that hold the same; interleaved, those that no later rank holds as much as."""
     units = chunk_units(model, pp, vpp, split)
     held = units.sum(axis=1)
     before = np.cumsum(units[:, 0], axis=0) - units[:, 0]
@@ -231,6 +231,8 @@ def filling(model: Model, pp: int, vpp: int, split: str) -> Fill:
         first.setdefault(tuple(row), rank)
         last[tuple(row)] = rank
     chosen = sorted({*first.values(), *last.values()})
+    if vpp > 1:  # more ranks stand before a later one
+        chosen = [r for r in chosen if not any((held[later] >= held[r]).all() for later in chosen if later > r)]
     return Fill(pp, vpp, held[chosen], before[chosen], behind[chosen], pp - 1.0 - np.array(chosen))
 
 
