@@ -24,11 +24,10 @@ from moeplan.costmodels.stages import Fill, Floats
 
 def least_span_s(fill: Fill, units_s: Sequence[Any], batches: Any) -> Any:
     """Seconds that no pipeline of this split can beat, [n]; `units_s`: one micro-batch in each unit, [n] each."""
-    units = np.stack(np.broadcast_arrays(*units_s))
-    own = fill.held @ units  # [K, n]
-    took = batches * own + fill.before @ units
+    own = _weighted(fill.held, units_s)  # [K, n]
+    took = batches * own + _weighted(fill.before, units_s)
     if fill.chunks == 1:
-        behind, ahead = fill.behind @ units, fill.ranks_behind[:, None]
+        behind, ahead = _weighted(fill.behind, units_s), fill.ranks_behind[:, None]
         full = np.all(batches > fill.ranks)
         waits = 2.0 * behind - ahead * own
         if not full:
@@ -50,3 +49,8 @@ def exact_span_s(chunks: Floats, forward_s: Sequence[Any], backward_s: Sequence[
     if len(rows):
         out[rows] = span_s(forward[..., rows], backward[..., rows], batches[rows])
     return out
+
+
+def _weighted(counts: Floats, units_s: Sequence[Any]) -> Any:
+    """Sums of units, [K, n]; not as a matrix product, whose rounding depends on how many rows there are."""
+    return sum(counts[:, u, None] * unit for u, unit in enumerate(units_s))
