@@ -181,13 +181,14 @@ def options(question: RoutedLayer, launches_s: Any, names: Sequence[str] = NAMES
     """Every schedule at its best numbers of chunks, forward and backward apart, under every layout."""
     parts = {degree: question.chunk(degree) for degree in DEGREES}
     whole, factor, kappa = parts[1], question.profile.exposed, question.profile.overlap_loss
+    launches = launches_s, launches_s * HOST.backward
     out = []
     for name in names:
         degrees = DEGREES if name in CHUNKED else (1,)
         found = []
-        for direction, experts in enumerate((whole.forward_s, whole.backward_s)):
-            launch = launches_s * (HOST.backward if direction else 1.0)
-            left = [factor * np.maximum(makespans(name, parts[r], whole, kappa)[direction] - experts, 0.0) for r in degrees]
+        both = zip(*(makespans(name, parts[r], whole, kappa) for r in degrees), strict=True)
+        for took, experts, launch in zip(both, (whole.forward_s, whole.backward_s), launches, strict=True):
+            left = [factor * np.maximum(seconds - experts, 0.0) for seconds in took]
             cost = [x + visible_host_s(experts + x, launch * r) for x, r in zip(left, degrees, strict=True)]
             # [degrees, n]
             table, costs = (np.stack(np.broadcast_arrays(*values)) for values in (left, cost))

@@ -41,9 +41,7 @@ class Baseline(LayerSchedule):
         """The sum."""
         return total(parts, "GDEACR")
 
-    def serial_seconds(self, degree: Any, parts: Parts, size: MoeSize) -> Any:
-        """The sum."""
-        return total(parts, "GDEACR")
+    serial_seconds = seconds
 
 
 @final
@@ -78,9 +76,7 @@ class ReplicatedBaseline(LayerSchedule):
         """The sum."""
         return total(parts, "GDEACR")
 
-    def serial_seconds(self, degree: Any, parts: Parts, size: MoeSize) -> Any:
-        """The sum."""
-        return total(parts, "GDEACR")
+    serial_seconds = seconds
 
 
 @final
@@ -113,9 +109,7 @@ class DeepSpeed(LayerSchedule):
         """The sum."""
         return total(parts, "DGEACMR")
 
-    def serial_seconds(self, degree: Any, parts: Parts, size: MoeSize) -> Any:
-        """The sum."""
-        return total(parts, "DGEACMR")
+    serial_seconds = seconds
 
 
 def _groups(size: MoeSize) -> Any:

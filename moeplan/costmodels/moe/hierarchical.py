@@ -39,9 +39,7 @@ class Hierarchical(LayerSchedule):
         """The sum."""
         return total(parts, "DGESCMR")
 
-    def serial_seconds(self, degree: Any, parts: Parts, size: MoeSize) -> Any:
-        """The sum."""
-        return total(parts, "DGESCMR")
+    serial_seconds = seconds
 
 
 def split_amounts(size: MoeSize, direction: Direction) -> dict[str, Any]:

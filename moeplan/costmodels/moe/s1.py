@@ -43,9 +43,7 @@ class S1(LayerSchedule):
         """The sum."""
         return total(parts, "DECMR")
 
-    def serial_seconds(self, degree: Any, parts: Parts, size: MoeSize) -> Any:
-        """The sum."""
-        return total(parts, "DECMR")
+    serial_seconds = seconds
 
 
 def s1_is_quicker(exchange_s: Any, token_gather_s: Any, slot_gather_s: Any, phases: Any) -> Any:

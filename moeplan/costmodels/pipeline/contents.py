@@ -16,7 +16,7 @@ from moeplan.costmodels.model import Model
 from moeplan.costmodels.passes import UnitPasses, unit_passes
 from moeplan.costmodels.peak import dense_memory, routed_memory
 from moeplan.costmodels.price import Pricing
-from moeplan.costmodels.stages import chunk_letters
+from moeplan.costmodels.stages import chunk_letters, chunk_units
 
 Floats = npt.NDArray[np.float64]
 
@@ -54,12 +54,8 @@ def contents(pricing: Pricing) -> Contents:
     dense, routed = without_experts(layouts), fold(layouts)
     units = unit_passes(model, pricing.profile, pricing.workload, dense, routed)
     pieces = _pieces(model, chunk_letters(model, pp, vpp, text))
-    # 1. how many of each unit every chunk holds, [ranks, chunks, units]
-    counts = np.zeros((pp, vpp, len(units)))
-    for c, chunk in enumerate(pieces):
-        for piece in chunk:
-            counts[c % pp, c // pp, piece.unit] += 1
-    # 2. what one of each unit costs, [2, units] and [units]
+    counts = chunk_units(model, pp, vpp, text)
+    # what one of each unit costs, [2, units] and [units]
     seconds = np.array([[_seconds(u, way) for u in units] for way in ("forward", "backward")])
     saved = [float(value) for value in pricing.kind_costs().saved_bytes[:, 0]] + [0.0]
     if model.mtp:
