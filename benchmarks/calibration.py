@@ -18,7 +18,8 @@ import numpy as np
 
 from moeplan.planner.calibration import MEASURED, SPREADS, calibrate
 from moeplan.planner.estimate import price_runs, profile_for_runs, read_table
-from moeplan.profiles.profile import SUSTAINED, Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.profile import SUSTAINED, Profile
 
 COUNTS = (1, 3, 8)
 """Runs to calibrate on."""

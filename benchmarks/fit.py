@@ -29,7 +29,7 @@ from benchmarks.accuracy.scores import error_figures
 from moeplan.costmodels import constants, kernels, layer, workload
 from moeplan.planner import estimate
 from moeplan.planner.robust import robust_change, shared_votes
-from moeplan.profiles import profile
+from moeplan.profiles import nominal
 
 STEP = 0.05
 """Change of a parameter's logarithm that its sensitivity is taken from."""
@@ -52,7 +52,7 @@ class Parameter:
 def _sustained(kind: str, *devices: str) -> Callable[[float], None]:
     def use(value: float) -> None:
         for device in devices:
-            profile._catalog("sustained").setdefault(device, {})[kind] = value
+            nominal._catalog("sustained").setdefault(device, {})[kind] = value
 
     return use
 
@@ -118,7 +118,7 @@ PARAMETERS = (
 
 def predict(rows: Sequence[Mapping[str, str]]) -> np.ndarray:
     """Step seconds of every row with the values in use; nan where it cannot be priced."""
-    profile._built.cache_clear()
+    nominal._built.cache_clear()
     estimate.profile_of.cache_clear()
     priced = estimate.price_runs(rows)
     return np.array([float(p.cost.total) if p.cost is not None else np.nan for p in priced])

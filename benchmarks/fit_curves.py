@@ -26,7 +26,8 @@ import yaml
 from scipy.optimize import least_squares
 
 from moeplan.profiles import curves as forms
-from moeplan.profiles.curves import KNOT_BYTES, to_human
+from moeplan.profiles.curve_file import to_human
+from moeplan.profiles.curves import KNOT_BYTES
 from moeplan.records import save_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from moeplan.planner.solve import solve as solve
     from moeplan.profiles.hardware import Cluster as Cluster
     from moeplan.profiles.hardware import load_cluster as load_cluster
+    from moeplan.profiles.nominal import nominal as nominal
     from moeplan.profiles.profile import Profile as Profile
-    from moeplan.profiles.profile import nominal as nominal
 
 __version__ = VERSION
 
@@ -37,7 +37,7 @@ _HOME = {
     "load_cluster": "profiles.hardware",
     "load_model": "costmodels.model_catalog",
     "load_plan": "planner.plan",
-    "nominal": "profiles.profile",
+    "nominal": "profiles.nominal",
     "solve": "planner.solve",
 }
 

@@ -10,7 +10,8 @@
     ├── ProblemError             model, cluster and workload that do not go together
     ├── LayoutError              a layout that breaks an identity or a rule of the framework
     ├── ScheduleError            a schedule that cannot run: a task that waits for itself, a duration below 0
-    └── ExportError              a plan that the target framework cannot run
+    ├── ExportError              a plan that the target framework cannot run
+    └── DeviceError              a device, a library or a rank that is not there or fails
 
 A message names the object, the place and both numbers; `hint` says what to try.
 """
@@ -80,6 +81,10 @@ class ScheduleError(MoeplanError):
 
 class ExportError(MoeplanError):
     """A plan that the target framework cannot run."""
+
+
+class DeviceError(MoeplanError):
+    """A device, a library or a rank that is not there or fails."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

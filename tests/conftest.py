@@ -18,7 +18,8 @@ from moeplan.costmodels.stages import balanced_split
 from moeplan.costmodels.workload import Workload, load_era, load_precision
 from moeplan.profiles.curves import AttentionCurve, CollectiveCurve, DispatchCurve, GemmCurve, GroupedGemmCurve
 from moeplan.profiles.hardware import Cluster, Device, Link, load_cluster
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.profile import Profile
 
 ATTENTION = Attention(heads=8, kv_heads=4, head_dim=16, v_head_dim=16)
 LATENT = LatentAttention(heads=8, q_rank=32, kv_rank=16, nope_dim=16, rope_dim=8, v_dim=16)

@@ -19,7 +19,7 @@ from moeplan.planner import space
 from moeplan.planner.constraints import LEVELS, RULES
 from moeplan.planner.problem import Problem
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 
 
 def problem() -> Problem:

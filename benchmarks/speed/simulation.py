@@ -18,7 +18,8 @@ from moeplan.costmodels.timeline import StepTimeline, step_timeline
 from moeplan.costmodels.trace import step_trace
 from moeplan.costmodels.workload import Workload, load_era, load_precision
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.profile import Profile
 
 STAGES, BATCHES, SEQUENCE = 64, 256, 8192
 

@@ -180,7 +180,7 @@ def make_problem(
 def load_machine(cluster_ref: str | None, profile_file: Path | None) -> Profile:
     """The profile of a file, at the count of GPUs of the cluster if there is one too; without a file the nominal profile."""
     from moeplan.profiles.hardware import load_cluster
-    from moeplan.profiles.profile import nominal
+    from moeplan.profiles.nominal import nominal
     from moeplan.profiles.profile_file import load_profile, on_cluster
 
     if profile_file is None:

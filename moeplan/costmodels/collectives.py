@@ -3,7 +3,8 @@
 A group of `ranks` that stand `stride` apart in the rank order has `local` ranks in each scale-up (NVLink) domain. Inside a
 domain the measured curve of the profile applies. Across domains a ring sends (domains - 1) / domains of the buffer through
 the NICs of the local ranks, while the scale-up links carry the intra-domain ring; the slower of the two counts, plus a hop
-latency per domain (NVIDIA/nccl-tests:doc/PERFORMANCE.md gives the bandwidth terms). All-to-alls count bytes per link.
+latency per domain (NVIDIA/nccl-tests:doc/PERFORMANCE.md gives the bandwidth terms). All-to-alls count bytes per link. Where a
+profile holds a measurement of just this group across domains, that counts instead.
 Bytes are per rank and follow nccl-tests: the gathered buffer of an all-gather, the input of a reduce-scatter, the whole send
 buffer of an all-to-all. Units: bytes in, seconds out; numbers or arrays.
 """
@@ -51,7 +52,8 @@ def reduce_scatter_s(profile: Profile, total_bytes: Any, where: Group) -> Any:
 def all_reduce_s(profile: Profile, total_bytes: Any, where: Group) -> Any:
     """Seconds until every rank holds the sum of `total_bytes`: one ring there and one back, or in-switch in one domain."""
     inside = profile.collective_s("all_reduce", total_bytes, where.local)
-    across = reduce_scatter_s(profile, total_bytes, where) + all_gather_s(profile, total_bytes, where)
+    both = reduce_scatter_s(profile, total_bytes, where) + all_gather_s(profile, total_bytes, where)
+    across = profile.across_s("all_reduce", total_bytes, where.ranks, where.domains, both)
     return np.where(where.domains > 1, across, inside)
 
 
@@ -59,7 +61,8 @@ def _ring_s(profile: Profile, op: str, total_bytes: Any, where: Group) -> Any:
     inside = profile.collective_s(op, total_bytes, where.local)
     crossing = total_bytes * (1.0 - 1.0 / where.domains) / where.local
     outside = crossing / profile.scale_out_bytes_per_s + profile.scale_out_latency_s * np.maximum(where.domains - 1, 0)
-    return np.where(where.domains > 1, np.maximum(inside, outside), inside)
+    across = profile.across_s(op, total_bytes, where.ranks, where.domains, np.maximum(inside, outside))
+    return np.where(where.domains > 1, across, inside)
 
 
 def all_to_all_s(profile: Profile, scale_out_bytes: Any, scale_up_bytes: Any, where: Group) -> Any:
@@ -68,7 +71,10 @@ def all_to_all_s(profile: Profile, scale_out_bytes: Any, scale_up_bytes: Any, wh
     buffer = scale_up_bytes * where.local / np.maximum(where.local - 1.0, 1.0)
     inside = profile.collective_s("all_to_all", buffer, where.local)
     outside = scale_out_bytes / profile.all_to_all_bytes_per_s + profile.scale_out_latency_s * np.maximum(where.domains - 1, 0)
-    return np.where(where.domains > 1, np.maximum(inside, outside), inside)
+    sent = scale_out_bytes + scale_up_bytes
+    whole = sent * where.ranks / np.maximum(where.ranks - 1.0, 1.0)
+    across = profile.across_s("all_to_all", whole, where.ranks, where.domains, np.maximum(inside, outside))
+    return np.where(where.domains > 1, across, inside)
 
 
 def send_s(profile: Profile, message_bytes: Any, *, inside: bool) -> Any:

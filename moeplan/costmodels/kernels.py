@@ -73,17 +73,17 @@ def dense_times(block: Block, model: Model, profile: Profile, workload: Workload
     for weight in block_weights(block, model.hidden):
         if weight.gemm and not weight.shard.is_expert and not _is_routing(weight):
             out.add(name, *dense_gemm_s(weight, tokens, profile, workload.precision.gemm, layouts))
-    traffic = NORM_BYTES * model.hidden * model.streams * tokens / shard(layouts)
+    forward = profile.stream_s(NORM_BYTES * model.hidden * model.streams * tokens / shard(layouts), "norm")
     match block:
         case Attention() | LatentAttention():
             _add_attention(out, block, profile, workload, layouts, tokens)
-            traffic = traffic + ROPE_BYTES * _projected(block) * tokens / layouts.tp
+            forward = forward + profile.stream_s(ROPE_BYTES * _projected(block) * tokens / layouts.tp)
         case Mamba() | LinearAttention():
             _add_scan(out, block, model, profile, workload, layouts, tokens)
         case Mlp() | Moe():
             width = block.width if isinstance(block, Mlp) else block.shared_width
-            traffic = traffic + _activation_bytes(block) * width * tokens / layouts.tp
-    forward = profile.stream_s(workload.era.traffic * traffic)
+            forward = forward + profile.stream_s(_activation_bytes(block) * width * tokens / layouts.tp, "swiglu")
+    forward = workload.era.traffic * forward
     out.add("norms and activations", forward, BACKWARD_TRAFFIC * forward)
     return out
 
@@ -186,13 +186,14 @@ def _add_experts(out: PassTimes, block: Moe, model: Model, profile: Profile, wor
     out.add("expert GEMM", forward / share + quantize, backward / share + 2.0 * quantize)
     fused = layouts.dispatches_with("deepep", "hybridep")
     passes = np.where(fused, PERMUTE_PASSES["fused"], PERMUTE_PASSES["separate"])
-    traffic = profile.stream_s(2.0 * passes * rows * inner)
+    traffic = profile.stream_s(2.0 * passes * rows * inner, "permute")
     out.add("permute", traffic, BACKWARD_TRAFFIC * traffic)
-    activation = profile.stream_s(_activation_bytes(block) * rows * width)
+    activation = profile.stream_s(_activation_bytes(block) * rows * width, "swiglu")
     out.add("expert activation", activation, BACKWARD_TRAFFIC * activation)
     if block.bias:
         element = [profile.stream_s(each * rows * inner) for each in EXPERT_BIAS_BYTES]
         out.add("expert activation", *element)
     # Router probabilities, top-k and the map from tokens to experts: a dozen passes over fp32 scores.
-    scores = profile.stream_s(48.0 * (block.experts + block.zero_experts) * rank_tokens(workload, layouts) / shard(layouts))
+    score_bytes = 48.0 * (block.experts + block.zero_experts) * rank_tokens(workload, layouts) / shard(layouts)
+    scores = profile.stream_s(score_bytes, "router")
     out.add("router", scores, 0.5 * scores)

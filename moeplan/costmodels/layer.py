@@ -139,7 +139,7 @@ def _dense_share(block: Block, model: Model, profile: Profile, workload: Workloa
     times.merge(tensor_exchange(block, model, profile, workload, layouts))
     core = times.forward.get("attention core", 0.0), times.backward.get("attention core", 0.0)
     times.merge(context_exchange(block, profile, workload, layouts, *core))
-    norm = profile.stream_s(4.0 * model.hidden * rank_tokens(workload, layouts) / shard(layouts))
+    norm = profile.stream_s(4.0 * model.hidden * rank_tokens(workload, layouts) / shard(layouts), "norm")
     whole = sum(times.forward.values())
     again = np.where(layouts.recomputes("layernorm") & separate_norm(block), norm, 0.0)
     if isinstance(block, (Attention, LatentAttention)):

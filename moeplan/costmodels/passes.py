@@ -77,7 +77,7 @@ def head_passes(model: Model, profile: Profile, workload: Workload, layouts: Lay
     tokens, vocab = rank_tokens(workload, layouts), padded_vocab(model, layouts.tp) / layouts.tp
     curve, rate = profile.gemm("bf16"), profile.sustained_gemm("bf16")
     hidden = float(model.hidden)
-    loss = profile.stream_s(STEP.logit_bytes * tokens * vocab)
+    loss = profile.stream_s(STEP.logit_bytes * tokens * vocab, "cross_entropy")
     out = PassTimes()
     backward = curve.seconds(tokens, hidden, vocab) + curve.seconds(vocab, hidden, tokens)
     out.add("output GEMM", curve.seconds(tokens, vocab, hidden) / rate, backward / rate)
@@ -90,7 +90,7 @@ def projection_passes(model: Model, profile: Profile, workload: Workload, layout
     tokens = rank_tokens(workload, layouts)
     weight = next(w for w in mtp_weights(model) if w.gemm)
     forward, backward = dense_gemm_s(weight, tokens, profile, workload.precision.gemm, layouts)
-    norms = profile.stream_s(12.0 * model.hidden * tokens / shard(layouts))
+    norms = profile.stream_s(12.0 * model.hidden * tokens / shard(layouts), "norm")
     out = PassTimes()
     out.add("projection", forward + norms, backward + BACKWARD_TRAFFIC * norms)
     return out

@@ -122,7 +122,7 @@ def data_parallel_times(
     weight, gradient = min(2.0, workload.precision.weight_bytes(profile.cluster.device)), float(workload.gradient_bytes)
     ddp, offload = layouts.shards_as("ddp"), layouts.optimizer_offload
     updated = parameters / np.where(ddp, 1, where.ranks)
-    on_device = profile.stream_s(STEP.optimizer_bytes * updated * (1.0 - offload))
+    on_device = profile.stream_s(STEP.optimizer_bytes * updated * (1.0 - offload), "optimizer")
     # An offloaded share moves its gradients down and its weights up.
     over_link = (workload.gradient_bytes + 2.0) * updated * offload / profile.cluster.pcie.bytes_per_s
     return DataParallelTime(

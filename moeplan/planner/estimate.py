@@ -26,7 +26,8 @@ from moeplan.planner.constraints import violations
 from moeplan.planner.problem import Problem
 from moeplan.planner.runs import REQUIRED_COLUMNS, SURPLUS, Run, group_key, read_run
 from moeplan.profiles.hardware import Cluster
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.profile import Profile
 from moeplan.records import read_text
 from moeplan.units import GIB
 

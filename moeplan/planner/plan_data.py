@@ -22,7 +22,8 @@ from moeplan.costmodels.workload import Workload, load_era, load_precision
 from moeplan.errors import FileError, MoeplanError, SchemaError
 from moeplan.planner.problem import Problem, parse_condition
 from moeplan.profiles.hardware import Cluster
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.profile import Profile
 from moeplan.profiles.profile_file import cluster_data as cluster_data
 from moeplan.profiles.profile_file import is_nominal, load_profile, on_cluster
 from moeplan.profiles.profile_file import read_cluster as cluster_of

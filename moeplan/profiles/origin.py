@@ -31,3 +31,25 @@ class CalibratedOn:
     """Mean error on them, see `moeplan.planner.calibration.Errors`."""
     error_after: float = 0.0
     """The same after the correction."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredOn:
+    """The run of `moeplan profile` that a profile comes from."""
+
+    when: str
+    """Day and time at which it began, ISO 8601."""
+    device: str
+    """Name of the device as its driver says it."""
+    backend: str
+    """"cuda", "rocm" or "cpu"; "import" where the samples come from tables of others."""
+    software: str
+    """Versions of torch and of the library of the collectives, or the tables."""
+    ranks: int = 1
+    nodes: int = 1
+    samples: int = 0
+    """Measurements behind the curves."""
+    samples_sha256: str = ""
+    """SHA-256 of their file; empty: there is none."""
+    remarks: tuple[str, ...] = ()
+    """What was left out and why, slow ranks."""

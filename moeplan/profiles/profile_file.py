@@ -24,10 +24,12 @@ from moeplan.profiles.curves import (
     GemmCurve,
     GroupedGemmCurve,
     QuantizedGemmCurve,
+    StreamCurve,
 )
 from moeplan.profiles.hardware import Cluster, Link, load_cluster, named_cluster
-from moeplan.profiles.origin import CalibratedOn, Origin
-from moeplan.profiles.profile import OVERLAP_LOSS, Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.origin import CalibratedOn, MeasuredOn, Origin
+from moeplan.profiles.profile import ALL_TO_ALL_SHARE, OVERLAP_LOSS, RING_SHARE, SEND_SHARE, Profile
 from moeplan.records import check_schema, dump_yaml, from_mapping, load_yaml, sha256_of, to_mapping
 from moeplan.units import GB
 
@@ -45,6 +47,8 @@ _DISPATCHES = tuple(
     for reach in ("", "-scale-out")
 )
 _DIRECTIONS = ("", "-dgrad", "-wgrad")
+_AS_THEY_ARE = ("ring_share", "all_to_all_share", "send_share", "hop_s", "host_copies", "multi_node", "streams")
+"""Fields that a file holds as the profile does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,13 +66,21 @@ class _Contents:
     exposed: float = 1.0
     overlap_loss: float = OVERLAP_LOSS
     calibrated_on: tuple[CalibratedOn, ...] = ()
+    measured_on: MeasuredOn | None = None
+    ring_share: float = RING_SHARE
+    all_to_all_share: float = ALL_TO_ALL_SHARE
+    send_share: float = SEND_SHARE
+    hop_s: float = 0.0
+    host_copies: Mapping[str, float] = field(default_factory=dict)
     stream_bytes_per_s: float
     gemms: Mapping[str, GemmCurve]
     quantized_gemms: Mapping[str, QuantizedGemmCurve] = field(default_factory=dict)
     grouped: Mapping[str, GroupedGemmCurve]
     attentions: Mapping[str, AttentionCurve]
     collectives: Mapping[str, Mapping[str, CollectiveCurve]]
+    multi_node: Mapping[str, Mapping[str, CollectiveCurve]] = field(default_factory=dict)
     dispatches: Mapping[str, DispatchCurve]
+    streams: Mapping[str, StreamCurve] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
@@ -85,6 +97,8 @@ def profile_text(profile: Profile) -> str:
         exposed=profile.exposed,
         overlap_loss=profile.overlap_loss,
         calibrated_on=profile.calibrated_on,
+        measured_on=profile.measured_on,
+        **{name: getattr(profile, name) for name in _AS_THEY_ARE},
         stream_bytes_per_s=profile.stream_bytes_per_s,
         gemms={k: c for k, c in profile.gemms.items() if k not in quantized},
         quantized_gemms=quantized,
@@ -131,6 +145,8 @@ def _profile_of(contents: _Contents, where: str) -> Profile:
         overlap_loss=contents.overlap_loss,
         origins=contents.origins,
         calibrated_on=contents.calibrated_on,
+        measured_on=contents.measured_on,
+        **{name: getattr(contents, name) for name in _AS_THEY_ARE},
     )
 
 
@@ -152,6 +168,11 @@ def _check_curves(contents: _Contents, where: str) -> None:
     for size in contents.attentions:
         if re.fullmatch(r"[1-9]\d*(/[1-9]\d*)?", size) is None:
             raise SchemaError(f"{where}, key 'attentions': '{size}' is not a head size", hint="write 128 or 192/128")
+    for op, groups in contents.multi_node.items():
+        for group in groups:
+            ranks, _, domains = group.partition("/")
+            if not (ranks.isdecimal() and domains.isdecimal() and int(ranks) >= int(domains) >= 2 and op in _OPERATIONS):
+                raise SchemaError(f"{where}, key 'multi_node.{op}': '{group}' is not a group", hint="write ranks/domains: 16/2")
     for op, sizes in contents.collectives.items():
         for size in sizes:
             if not size.isdecimal() or int(size) < 2:
@@ -200,7 +221,7 @@ def _shown(value: Any) -> str:
 
 _CURVES = (
     "stream_bytes_per_s", "gemms", "grouped", "attentions", "collectives", "dispatches", "sustained", "host", "exposed",
-    "overlap_loss",
+    "overlap_loss", *_AS_THEY_ARE,
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moeplan.profiles.curves import AttentionCurve, DeviceCurves, GroupedGemmCurve, QuantizedGemmCurve, device_curves
+from moeplan.profiles.curve_file import DeviceCurves, device_curves
+from moeplan.profiles.curves import AttentionCurve, GroupedGemmCurve, QuantizedGemmCurve
 from moeplan.profiles.hardware import Link
 
 PEAKS = {

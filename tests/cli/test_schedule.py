@@ -98,7 +98,7 @@ def test_typed_constants_stand_in_place_of_others(moeplan: Moeplan) -> None:
 
 def test_constants_fitted_to_a_profile(moeplan: Moeplan, tmp_path: Path) -> None:
     from moeplan.profiles.hardware import load_cluster
-    from moeplan.profiles.profile import nominal
+    from moeplan.profiles.nominal import nominal
 
     nominal(load_cluster("h100x64")).save(tmp_path / "own.yaml")
     ends = [moeplan("schedule", *H100, "--json"), moeplan("schedule", "--profile", tmp_path / "own.yaml", *H100[2:], "--json")]

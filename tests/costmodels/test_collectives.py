@@ -1,5 +1,7 @@
 """Collectives: groups of ranks, times by hand with round rates, laws."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from moeplan.costmodels.collectives import (
     group,
     reduce_scatter_s,
 )
+from moeplan.profiles.curves import CollectiveCurve
 from tests.conftest import NODE, PLAIN, TWO_NODES
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -80,6 +83,24 @@ def test_all_to_all_by_hand():
     assert all_to_all_s(PLAIN, 100e6, 70e6, across) == pytest.approx(100e6 / ALL_TO_ALL_RATE + HOP_S)
     assert all_to_all_s(PLAIN, 1e6, 70e6, across) == pytest.approx(0.7e-3)
     assert all_to_all_s(PLAIN, 100e6, 0.0, Group(ranks=4, local=1)) == pytest.approx(100e6 / ALL_TO_ALL_RATE + 3 * HOP_S)
+
+
+def test_a_group_that_was_measured_counts_as_measured():
+    # All-gather, reduce-scatter and all-to-all of 16 ranks in two domains take 1 s a GB; other groups follow the law.
+    curve = CollectiveCurve(
+        times_s=(1e-9, 1e3), sizes_bytes=(1.0, 1e12), error=0.0, error_p90=0.0, samples=2, valid={}, source="measured"
+    )
+    ops = ("all_gather", "reduce_scatter", "all_to_all")
+    measured = dataclasses.replace(PLAIN, multi_node={op: {"16/2": curve} for op in ops})
+    there, other = group(PLAIN, 16, 1), Group(ranks=16, local=1)
+    assert all_gather_s(measured, 1e9, there) == pytest.approx(1.0)
+    assert all_reduce_s(measured, 1e9, there) == pytest.approx(2.0)  # not measured itself: there and back
+    # 15 of 16 parts of 1.6 GB leave a rank, 8 of them by the network.
+    assert all_to_all_s(measured, 0.8e9, 0.7e9, there) == pytest.approx(1.6)
+    for cost in (all_gather_s, reduce_scatter_s, all_reduce_s):
+        assert cost(measured, 1e9, other) == cost(PLAIN, 1e9, other)
+        both = cost(measured, 1e9, Group(ranks=np.array([16, 16]), local=np.array([8, 1])))
+        assert both.tolist() == [cost(measured, 1e9, there), cost(measured, 1e9, other)]
 
 
 def test_measured_node_of_h100():

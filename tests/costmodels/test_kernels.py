@@ -12,7 +12,7 @@ from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.model import LinearAttention, Mamba
 from moeplan.costmodels.workload import load_era, load_precision
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from tests.conftest import (
     ATTENTION,
     LATENT,

@@ -25,7 +25,7 @@ from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import all_ranks
 from moeplan.costmodels.workload import load_era, load_precision
 from moeplan.profiles.hardware import load_cluster, load_device
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from tests.conftest import DENSE_LAYER, TINY_DENSE, TINY_LATENT, TINY_MOE, TWO_NODES, layouts_of, workload_of
 
 QUICK = settings(max_examples=60, deadline=None)

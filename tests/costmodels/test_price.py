@@ -14,7 +14,7 @@ from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import balanced_split, chunk_letters, format_split
 from moeplan.costmodels.workload import load_precision
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from tests.conftest import NODE, PLAIN, TINY_DENSE, TINY_LATENT, TINY_MOE, TWO_NODES, layouts_of, neighbours_of, workload_of
 
 SOME = settings(max_examples=25, deadline=None)

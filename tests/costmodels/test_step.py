@@ -24,7 +24,7 @@ from moeplan.costmodels.step import (
     sends_exposed_s,
 )
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from tests.conftest import DENSE_LAYER, PLAIN, TINY_DENSE, TINY_LATENT, TINY_MOE, TWO_NODES, layouts_of, workload_of
 
 QUICK = settings(max_examples=50, deadline=None)

@@ -18,7 +18,7 @@ from moeplan.costmodels.timeline import BACKWARD, StepTimeline, fullest_loads, s
 from moeplan.costmodels.workload import Workload, load_era, load_precision
 from moeplan.errors import LayoutError, MoeplanError
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from tests.conftest import NODE, TINY_DENSE, TINY_LATENT, TINY_MOE, TWO_NODES, layouts_of, workload_of
 from tests.costmodels.random_splits import unequal_splits
 

@@ -31,7 +31,7 @@ from moeplan.costmodels.uncertainty import (
 )
 from moeplan.costmodels.workload import load_era
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from tests.conftest import NODE, PLAIN, TINY_DENSE, TINY_LATENT, TINY_MOE, workload_of
 
 SCALED = nominal(load_cluster("h800x8"))

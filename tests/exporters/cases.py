@@ -16,7 +16,8 @@ from moeplan.exporters.megatron import environment, transformer_engine, write_ar
 from moeplan.planner.plan import Plan
 from moeplan.planner.problem import Problem
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.profile import Profile
 from tests import megatron
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from moeplan.planner.calibration import MEASURED
 from moeplan.planner.estimate import price_runs, profile_for_runs
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.profile import Profile
 
 NOMINAL = nominal(load_cluster("h100x16"))
 

@@ -16,7 +16,8 @@ from moeplan.planner.bounds import least_step_seconds
 from moeplan.planner.calibration import ENOUGH, MEASURED, SPREADS, Calibration, calibrate
 from moeplan.planner.solve import solve
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.profile import Profile
 from tests.planner import tiny
 from tests.planner.measured import BUSY, NOMINAL, TALKING, WAITING, changed, measured, predicted, row
 

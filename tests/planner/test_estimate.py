@@ -14,7 +14,7 @@ from moeplan.costmodels.uncertainty import interval
 from moeplan.errors import FileError, SchemaError
 from moeplan.planner.estimate import OUTPUT_COLUMNS, PricedRun, price_runs, read_table, table_text
 from moeplan.planner.runs import REQUIRED_COLUMNS, SURPLUS, read_run
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from moeplan.units import GIB
 from tests.planner.published_rows import BRIDGE, LORA, ROWS, SIMUMAX, SWIFT, UNSTATED
 

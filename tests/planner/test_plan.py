@@ -15,7 +15,7 @@ from moeplan.planner.plan_data import cluster_data, model_data, read_cluster, re
 from moeplan.planner.problem import Problem
 from moeplan.planner.solve import solve
 from moeplan.profiles.hardware import Cluster, load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from moeplan.units import GIB
 from tests.planner import tiny
 

@@ -13,7 +13,7 @@ from moeplan.planner.plan import Plan, price_plan
 from moeplan.planner.problem import Problem
 from moeplan.planner.refine import refine, stage_problem
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 
 
 def deepseek(pp: int, vpp: int, *, gpus: int = 1024, recompute: tuple[str, ...] = ("full",)) -> Plan:

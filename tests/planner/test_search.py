@@ -15,7 +15,7 @@ from moeplan.planner.plan import price_plan
 from moeplan.planner.problem import Problem
 from moeplan.planner.search import COPY, EXCLUDED, MEMORY, SLOWER, Search, search
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from tests.planner import tiny
 from tests.planner.brute import Prices, identity, least, needed_bytes, one_by_one, size_of_space
 

@@ -12,7 +12,7 @@ from moeplan.planner.problem import Problem
 from moeplan.planner.search import search
 from moeplan.planner.solve import Solution, cost_per_trillion_tokens, gpu_counts, resized, solve
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 from tests.planner import tiny
 
 

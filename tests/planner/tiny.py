@@ -6,7 +6,7 @@ from moeplan.costmodels.model import Attention, LatentAttention, Layer, Mlp, Mod
 from moeplan.costmodels.workload import Workload, load_era, load_precision
 from moeplan.planner.problem import Condition, Problem, parse_condition
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 
 GQA = Attention(heads=8, kv_heads=4, head_dim=128, v_head_dim=128)
 MLA = LatentAttention(heads=8, q_rank=256, kv_rank=128, nope_dim=128, rope_dim=64, v_dim=128)

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan.errors import FileError, SchemaError, UnknownNameError
+from moeplan.profiles.curve_file import BusRate, from_human, load_curves, to_human
 from moeplan.profiles.curves import (
     KNOT_BYTES,
     AttentionCurve,
-    BusRate,
     CollectiveCurve,
     DispatchCurve,
     ExpertCurve,
@@ -29,9 +29,6 @@ from moeplan.profiles.curves import (
     QuantizedGemmCurve,
     attention_bytes,
     causal_flop,
-    from_human,
-    load_curves,
-    to_human,
 )
 from moeplan.records import from_mapping, to_mapping
 

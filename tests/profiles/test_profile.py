@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan.errors import ClusterError, ProblemError
-from moeplan.profiles.curves import device_curves, load_curves
+from moeplan.profiles.curve_file import device_curves, load_curves
+from moeplan.profiles.curves import StreamCurve
 from moeplan.profiles.hardware import device_names, load_cluster
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.profile import Profile
 from tests.conftest import PLAIN
 
 MEASURED_GEMM = ("A100", "A100-PCIe", "H100", "H200", "B200", "GB200", "L40S")
@@ -166,6 +168,17 @@ def test_rates_between_nodes_by_hand() -> None:
     assert profile.all_to_all_bytes_per_s == pytest.approx(0.86 * 50e9)
     assert profile.scale_up_bytes_per_s == pytest.approx(0.75 * 450e9)
     assert PLAIN.stream_s(3e12) == 3.0
+
+
+def test_only_fused_passes_enter_a_price() -> None:
+    known = {"launch_s": 1.0, "error": 0.0, "error_p90": 0.0, "samples": 1, "valid": {}, "source": ""}
+    streams = {
+        "norm": StreamCurve(bytes_per_s=0.5e12, fused=True, **known),
+        "swiglu": StreamCurve(bytes_per_s=0.1e12, **known),
+    }
+    profile = dataclasses.replace(PLAIN, streams=streams)
+    assert [profile.stream_s(1e12, kind) for kind in ("norm", "swiglu", "router", "")] == [2.0, 1.0, 1.0, 1.0]
+    assert streams["norm"].seconds(1e12) == 3.0
 
 
 def test_a_slower_fabric_scales_what_crosses_it(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from moeplan.costmodels.price import Pricing
 from moeplan.errors import ClusterError, FileError, SchemaError
 from moeplan.planner.plan import Plan, load_plan
 from moeplan.planner.solve import solve
+from moeplan.profiles.curves import StreamCurve
 from moeplan.profiles.hardware import device_names, load_cluster
-from moeplan.profiles.origin import CalibratedOn
-from moeplan.profiles.profile import Profile, nominal
+from moeplan.profiles.nominal import nominal
+from moeplan.profiles.origin import CalibratedOn, MeasuredOn
+from moeplan.profiles.profile import Profile
 from moeplan.profiles.profile_file import SCHEMA, is_nominal, load_profile, on_cluster, profile_text
 from tests.conftest import PLAIN
 from tests.planner import tiny
@@ -31,6 +33,18 @@ CHANGED = dataclasses.replace(
     host=1.23456789012345678,
     exposed=2 / 3,
     calibrated_on=(CalibratedOn(rows=("a", "b"), table_sha256="0" * 64, error_before=0.2, error_after=0.1),),
+    measured_on=MeasuredOn(when="2026-01-02", device="NVIDIA H100", backend="cuda", software="torch 2.9", remarks=("slow: 3",)),
+    ring_share=0.7,
+    all_to_all_share=0.6,
+    send_share=0.5,
+    hop_s=1e-5 / 3,
+    host_copies={"host_to_device": 5e10},
+    multi_node={"all_gather": {"16/2": dataclasses.replace(H100.collectives["all_gather"][8], residuals=(0.01, -1 / 3))}},
+    streams={
+        "norm": StreamCurve(
+            launch_s=1e-6, bytes_per_s=1e12, fused=True, error=0.1, error_p90=0.2, samples=3, valid={}, source="ours"
+        )
+    },
 )
 FILE_ONLY = {"path", "sha256"}
 

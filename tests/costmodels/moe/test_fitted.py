@@ -10,7 +10,7 @@ from moeplan.costmodels.moe.base import MoeSize
 from moeplan.costmodels.moe.fitted import Experts, fit_constants
 from moeplan.errors import ProblemError
 from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.profile import nominal
+from moeplan.profiles.nominal import nominal
 
 PROFILE = nominal(load_cluster("h100x64"))
 EXPERTS = Experts(hidden=4096, width=14336, count=8, gemms=3)
