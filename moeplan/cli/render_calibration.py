@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplan.planner.calibration import Calibration
+from moeplan.planner.overlap_calibration import OverlapCalibration
 from moeplan.units import format_seconds
 
 NAMES = {
@@ -57,6 +58,26 @@ def errors_table(result: Calibration) -> Table:
     for name in ("median", "mean"):
         errors = [f"{getattr(e, name):.1%}" if e is not None else "-" for e in (result.before, result.after, result.left_out)]
         table.add_row(f"{name} error", "", *errors, style="bold")
+    return table
+
+
+def overlap_table(result: OverlapCalibration) -> Table:
+    """Runs of layers with what is predicted for them, before and after."""
+    kept = "" if result.accepted else " (not accepted)"
+    table = Table(
+        title=f"overlap that is lost: {result.before:.2f} before, {result.after:.2f} after{kept}",
+        title_justify="left", box=None, pad_edge=False, header_style="dim",
+    )  # fmt: skip
+    for name in ("run", "schedule", "direction"):
+        table.add_column(name, overflow="fold")
+    for name in ("chunks", "measured", "before", "after"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result.rows[:MOST_ROWS]:
+        off = [_off(seconds, row.run.measured_layer_s) for seconds in (row.before_s, row.after_s)]
+        run = row.run
+        table.add_row(run.id, run.schedule, run.direction, str(run.degree), format_seconds(run.measured_layer_s), *off)
+    if len(result.rows) > MOST_ROWS:
+        table.add_row(f"... and {len(result.rows) - MOST_ROWS} more", *[""] * 6, style="dim")
     return table
 
 

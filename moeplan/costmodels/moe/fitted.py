@@ -1,4 +1,4 @@
-"""Alpha and beta of an MoE layer from the curves of a profile.
+"""Alpha and beta of an MoE layer from the curves of a profile: over a range of sizes, or at the sizes of one schedule.
 
 The curves bend (protocols of a collective, a GEMM that fills the device), a line does not: each is fitted by least squares of
 the relative error, alpha and beta 0 or more, over the sizes that one layer needs, chunks included, and the error that remains
@@ -10,16 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from moeplan.costmodels.collectives import Group, all_gather_s, all_reduce_s, all_to_all_s, group, reduce_scatter_s
-from moeplan.costmodels.moe.base import AlphaBeta, MoeSize
+from moeplan.costmodels.kernels import ACTIVATION_BYTES
+from moeplan.costmodels.moe.base import AlphaBeta, Direction, LayerSchedule, Lines, MoeSize
 from moeplan.costmodels.moe.constants import Constants
 from moeplan.errors import ProblemError
 from moeplan.profiles.profile import Profile
 
+PRODUCTS: Mapping[Direction, tuple[Literal["forward", "dgrad", "wgrad"], ...]] = {
+    "forward": ("forward",),
+    "backward": ("dgrad", "wgrad"),
+}
+"""Products of the experts in each direction."""
 POINTS = 13
 """Sizes at which a curve is read."""
 LEAST_SPAN = 4.0
@@ -90,6 +96,37 @@ def fit_constants(profile: Profile, size: MoeSize, experts: Experts, *, most_chu
     return Fit(constants=Constants(name=name, source=source, given=given, groups=groups), errors=errors)
 
 
+def lines_at(
+    profile: Profile, size: MoeSize, experts: Experts, schedule: LayerSchedule, degree: int, direction: Direction
+) -> Lines:
+    """What the curves say of just the amounts of one schedule in `degree` chunks, as lines without slope.
+
+    The experts' gradients have curves of their own here, and the pass of their activation counts where it was measured.
+    """
+    esp, ep = int(size.esp_ranks), int(size.ep_ranks)
+    amounts, beside = schedule.amounts(size, direction), group(profile, esp, 1)
+
+    def flat(kind: str, seconds: Callable[[Any], Any], chunks: int = degree) -> AlphaBeta:
+        return AlphaBeta(startup_s=float(seconds(amounts[kind] / chunks)) if kind in amounts else 0.0, unit_s=0.0)
+
+    passes = 2.0 if direction == "backward" else 1.0  # `times` pays the start-up of each gradient
+    gemm_s = _experts_s(profile, amounts["E"] / passes / degree, experts, size, direction)
+    activation = profile.streams.get("swiglu")
+    if activation is not None:
+        width = experts.width / esp
+        rows = amounts["E"] / passes / degree / (2.0 * experts.gemms * experts.hidden * width)
+        gemm_s = gemm_s + activation.seconds((ACTIVATION_BYTES if experts.gemms == 3 else 4.0) * rows * width)
+    return Lines(
+        exchange=flat("D", lambda n: _exchange_s(profile, n, group(profile, ep, esp))),
+        fused_exchange=flat("D", lambda n: _exchange_s(profile, n, group(profile, esp * ep, 1))),
+        gather=flat("G", lambda n: all_gather_s(profile, n, beside)),
+        scatter=flat("S", lambda n: reduce_scatter_s(profile, n, beside)),
+        reduce=flat("A", lambda n: all_reduce_s(profile, n, beside)),
+        mp_gather=flat("M", lambda n: all_gather_s(profile, n, group(profile, int(size.mp_ranks), 1)), 1),
+        experts=AlphaBeta(startup_s=float(gemm_s) / passes, unit_s=0.0),
+    )
+
+
 def _exchange_s(profile: Profile, buffer_bytes: Any, where: Group) -> Any:
     """Seconds of an all-to-all of `buffer_bytes` a rank, an equal part for each."""
     out = buffer_bytes * (where.ranks - where.local) / where.ranks
@@ -97,13 +134,15 @@ def _exchange_s(profile: Profile, buffer_bytes: Any, where: Group) -> Any:
     return all_to_all_s(profile, out, up, where)
 
 
-def _experts_s(profile: Profile, flop: Any, experts: Experts, size: MoeSize) -> Any:
-    """Seconds of the forward GEMMs of a rank's experts, `flop` of all of them together."""
+def _experts_s(profile: Profile, flop: Any, experts: Experts, size: MoeSize, direction: Direction = "forward") -> Any:
+    """Seconds of the GEMMs of a rank's experts in one direction, `flop` of all of them together in the forward."""
     width, local = experts.width / size.esp_ranks, experts.count / size.ep_ranks
     rows = flop / (2.0 * experts.gemms * experts.hidden * width * local)
-    curve = profile.grouped_gemm(experts.precision, "forward")
     inward = (experts.gemms - 1) * width  # gate and up projection are one product
-    both = curve.seconds(local, rows, inward, experts.hidden) + curve.seconds(local, rows, experts.hidden, width)
+    both: Any = 0.0
+    for way in PRODUCTS[direction]:
+        curve = profile.grouped_gemm(experts.precision, way)
+        both = both + curve.seconds(local, rows, inward, experts.hidden) + curve.seconds(local, rows, experts.hidden, width)
     return both / profile.sustained_gemm(experts.precision)
 
 
