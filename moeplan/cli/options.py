@@ -127,6 +127,16 @@ def check_writable(path: Path, what: str) -> None:
         raise FileError(f"cannot write {what} '{path}': {error.strerror}") from None
 
 
+def need_torch(command: str) -> None:
+    """Refuse to go on without torch, before anything else is looked at."""
+    from importlib.util import find_spec
+
+    from moeplan.errors import DeviceError
+
+    if find_spec("torch") is None:
+        raise DeviceError(f"moeplan {command} needs torch, which is not installed", hint="pip install 'moeplan[profile]'")
+
+
 def make_problem(
     *,
     model_ref: str | None,
@@ -234,6 +244,6 @@ def progress_bar(label: str) -> Any:
 
 
 __all__ = [
-    "COUNT", "Count", "check_writable", "json_option", "load_machine", "make_problem", "print_json",
+    "COUNT", "Count", "check_writable", "json_option", "load_machine", "make_problem", "need_torch", "print_json",
     "problem_options", "progress_bar", "remark",
 ]  # fmt: skip

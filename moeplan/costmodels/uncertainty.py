@@ -15,7 +15,7 @@ An interval stretches the first by what published runs of its regime show. Devia
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,10 @@ SHAPES = 4.0
 """Operations of different shape that a kind of part consists of, at least. A curve misses each of them by an error of its own,
 so that it misses their sum by less, by the root of their number."""
 
-_RINGS = ("collectives/all_gather of ", "collectives/reduce_scatter of ")
+_RINGS = (
+    "collectives/all_gather of ", "collectives/reduce_scatter of ", "multi_node/all_gather of ",
+    "multi_node/reduce_scatter of ", "links/ring$",
+)  # fmt: skip
 KINDS: Mapping[str, tuple[str, ...]] = {
     "dense GEMM": ("gemm/{gemm}$",),
     "attention core": ("attention/",),
@@ -44,7 +47,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "expert GEMM": ("grouped_gemm/{gemm}$", "grouped_gemm/{gemm}-dgrad", "grouped_gemm/{gemm}-wgrad"),
     "element-wise": ("rates/memory",),
     "permute": ("rates/memory",),
-    "expert all-to-all": ("collectives/all_to_all of ", "dispatch/"),
+    "expert all-to-all": ("collectives/all_to_all of ", "dispatch/", "multi_node/all_to_all of ", "links/all_to_all$"),
     "tensor-parallel exchange": _RINGS,
     "context-parallel exchange": (),
     "host launches": (),
@@ -162,9 +165,9 @@ def curve_errors(profile: Profile, workload: Workload, scaled: float) -> Any:
     return np.array(out)
 
 
-def sigmas(profile: Profile, workload: Workload) -> Any:
-    """Standard deviation of each kind, [kinds]."""
-    added = np.array([deviations().kinds[kind] for kind in KINDS])
+def sigmas(profile: Profile, workload: Workload, beyond: Collection[str] = ()) -> Any:
+    """Standard deviation of each kind, [kinds]; kinds in `beyond` are priced beyond what was measured and count as scaled."""
+    added = np.array([np.hypot(deviations().kinds[kind], deviations().scaled * (kind in beyond)) for kind in KINDS])
     return np.hypot(curve_errors(profile, workload, deviations().scaled), added)
 
 
@@ -188,15 +191,17 @@ def is_tie(log_ratio: Any, sigma: Any) -> Any:
     return np.abs(log_ratio) < Z_80 * sigma
 
 
-def spread(model: Model, profile: Profile, workload: Workload, time: Breakdown) -> Spread:
+def spread(model: Model, profile: Profile, workload: Workload, time: Breakdown, beyond: Collection[str] = ()) -> Spread:
     """The factors on a step time between which 80 % of the measured ones are meant to lie, numbers or arrays."""
     known = deviations()
     held = known.regimes[regime(model, profile, workload)]
-    reach = Z_80 * held.scale * step_sigma(shares(time), sigmas(profile, workload), known.common)
+    reach = Z_80 * held.scale * step_sigma(shares(time), sigmas(profile, workload, beyond), known.common)
     return Spread(low=np.exp(held.bias - reach), high=np.exp(held.bias + reach), runs=held.runs)
 
 
-def interval(model: Model, profile: Profile, workload: Workload, time: Breakdown) -> tuple[Any, Any]:
+def interval(
+    model: Model, profile: Profile, workload: Workload, time: Breakdown, beyond: Collection[str] = ()
+) -> tuple[Any, Any]:
     """Low and high end of a step time that are meant to hold the measured one in 80 % of cases, numbers or arrays."""
-    factors = spread(model, profile, workload, time)
+    factors = spread(model, profile, workload, time, beyond)
     return time.total * factors.low, time.total * factors.high

@@ -21,6 +21,7 @@ from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.costmodels.uncertainty import interval
 from moeplan.errors import LayoutError, SchemaError, nearest
+from moeplan.planner import coverage
 from moeplan.planner.constraints import violations
 from moeplan.planner.gradient_windows import gradient_windows
 from moeplan.planner.measurement import Measurement
@@ -307,7 +308,8 @@ def price_plan(problem: Problem, layout: Layout, *, remarks: Sequence[str] = (),
         for rank in range(layout.pp)
     )
     time = cost.time.at(0)
-    low, high = interval(problem.model, problem.profile, problem.workload, time)
+    beyond = coverage.beyond(problem, layout)
+    low, high = interval(problem.model, problem.profile, problem.workload, time, coverage.kinds(beyond))
     return Plan(
         problem=problem,
         layout=layout,
@@ -316,7 +318,7 @@ def price_plan(problem: Problem, layout: Layout, *, remarks: Sequence[str] = (),
         stage_s=tuple(float(s) for s in cost.stage_s[:, 0]),
         low_s=float(low),
         high_s=float(high),
-        remarks=tuple(dict.fromkeys((*remarks, *profile_remarks(problem.profile)))),
+        remarks=coverage.with_remark((*remarks, *profile_remarks(problem.profile)), problem, beyond),
         **more,
     )
 

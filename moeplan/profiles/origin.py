@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+AS_NOMINAL = "not measured in this run, nominal: "
+"""Begin of the note of a nominal curve in a profile that was measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:

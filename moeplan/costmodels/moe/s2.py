@@ -3,7 +3,9 @@
 As S1, but each of the mp_ranks keeps 1 / mp_ranks of the slots, and gathers slots: the second all-to-all is cut into P phases
 (with the rank at distance i), each gathered while the next one is on the wire: A + E + A/P + G/P + (1 - 1/P) max(A, G). Parm
 (INFOCOM 2024, arXiv 2407.00599); the phases are those of its public kernel, the formula is derived and exact where the gather
-has a link of its own. Units: bytes, FLOP, seconds. Not valid unless mp_ranks divides the slots (`padded_slots`).
+has a link of its own. With esp > 1 the phases with one EP distance carry parts of the rows, so that the sums over shards are
+complete before they are gathered (runtime/moe_tasks.py). Units: bytes, FLOP, seconds. Not valid unless mp_ranks divides the
+slots (`padded_slots`).
 """
 
 from __future__ import annotations
