@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from moeplan.cli import COMMANDS, cli
+from moeplan.cli import cli
 
 DOCS = Path(__file__).parent
 
@@ -19,9 +19,18 @@ DOCS = Path(__file__).parent
 def cli_page() -> str:
     """The command reference."""
     out = ["# Command reference", "", "Generated from `--help` by `make docs`.", "", "```", _help([]), "```"]
-    for name in COMMANDS:
-        out += ["", f"## moeplan {name}", "", "```", _help([name]), "```"]
+    for path in _paths(cli, []):
+        out += ["", f"## moeplan {' '.join(path)}", "", "```", _help(path), "```"]
     return "\n".join(out) + "\n"
+
+
+def _paths(group: click.Group, above: list[str]) -> list[list[str]]:
+    """Every command below a group, with the groups above it, in their order."""
+    out = []
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        out += [[*above, name], *(_paths(command, [*above, name]) if isinstance(command, click.Group) else [])]
+    return out
 
 
 def _help(path: list[str]) -> str:
@@ -29,7 +38,8 @@ def _help(path: list[str]) -> str:
     context = click.Context(cli, info_name="moeplan", **{**cli.context_settings, **width})
     command: click.Command = cli
     for name in path:
-        found = cli.get_command(context, name)
+        assert isinstance(command, click.Group)
+        found = command.get_command(context, name)
         assert found is not None
         command, context = found, click.Context(found, info_name=name, parent=context, **width)
     return command.get_help(context)
