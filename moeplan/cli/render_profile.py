@@ -198,8 +198,9 @@ def link_lines(profile: Profile) -> Iterator[tuple[str, str]]:
     cluster = profile.cluster
     yield "device memory", f"{profile.stream_bytes_per_s / GB:,.0f} GB/s streaming"
     up = cluster.scale_up
-    sent = f"a send attains {profile.scale_up_bytes_per_s / GB:,.0f} ({profile.send_share:.0%})"
-    yield f"scale-up, {cluster.domain_gpus} GPUs", f"{up.name}, {up.bytes_per_s / GB:,.0f} GB/s; {sent}"
+    digits = 0 if up.bytes_per_s >= 10 * GB else 2
+    sent = f"a send attains {profile.scale_up_bytes_per_s / GB:,.{digits}f} ({profile.send_share:.0%})"
+    yield f"scale-up, {cluster.domain_gpus} GPUs", f"{up.name}, {up.bytes_per_s / GB:,.{digits}f} GB/s; {sent}"
     ring, mixed = profile.scale_out_bytes_per_s / GB, profile.all_to_all_bytes_per_s / GB
     shares = f"rings attain {ring:,.1f} ({profile.ring_share:.0%}), all-to-all {mixed:,.1f} ({profile.all_to_all_share:.0%})"
     raw = f"{cluster.scale_out_bytes_per_s_per_gpu / GB:,.1f} GB/s a GPU"

@@ -77,6 +77,7 @@ def verify(
 
     \b
     Examples:
+      moeplan verify plan.yaml --check-only
       torchrun --nproc-per-node 8 -m moeplan verify plan.yaml --profile ours.yaml -o measured.csv
       srun --ntasks-per-node 8 python -m moeplan verify plan.yaml --schedules hierarchical,fsmoe --degrees 1,2,4,8
       torchrun --nproc-per-node 4 -m moeplan verify plan.yaml --device cpu --tokens 512 --hidden 512 --expert-hidden 256

@@ -1,9 +1,10 @@
 """One run of `moeplan profile`: which case is next, on which ranks, until when.
 
 Cases run in the order of their tiers. A case may take its even share of the budget; what it does not need goes to the others,
-and what is left in the end into second visits of the cases that are not known well. Kernels run on rank 0, several in one step,
-while the other ranks wait without spinning; collectives on all ranks. Every sample is on disk before the next case begins, so
-that Ctrl-C, a dead rank or the end of the budget leave what there is. Units: seconds.
+and what is left in the end into second visits, those of cases that are not known well first. Kernels run on rank 0, several in
+one step, while the other ranks wait without spinning, or on CPUs, which share their memory, do the same; collectives on all
+ranks. Every sample is on disk before the next case begins, so that Ctrl-C, a dead rank or the end of the budget leave what
+there is. Units: seconds.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class _Session:
                 self._find_stragglers()
             ended = self._work_off()
             if ended == "complete":
-                self.todo += [self.todo[i] for i in self.world.first("choice of second visits", self._unsure)]
+                self.todo += [self.todo[i] for i in self.world.first("order of second visits", self._again)]
                 ended = "interrupted" if self._work_off() == "interrupted" else "complete"
         except MoeplanError as error:
             ended, failure = "failed", error
@@ -153,11 +154,15 @@ class _Session:
                 self.progress(self.at, len(self.todo), self._expected_s(self.at))
         return "complete"
 
-    def _unsure(self) -> list[int]:
-        """Places of the cases that are not known to the precision asked for, the worst first."""
+    def _again(self) -> list[int]:
+        """Places of the cases for a second visit: what is not known to the precision asked for, the worst first, then the rest.
+
+        One visit tells how a machine repeats itself within a second; that it is the same a minute later, only a second one.
+        """
         found = {case: max(t.spread for t in timings) for (case, _), timings in self.visits.items()}
-        spreads = [(found.get(identity(case), 0.0), i) for i, case in enumerate(self.todo)]
-        return [i for spread, i in sorted(spreads, reverse=True) if spread > self.precision]
+        spreads = [found.get(identity(case), -1.0) for case in self.todo]
+        unsure = sorted((i for i, spread in enumerate(spreads) if spread > self.precision), key=lambda i: -spreads[i])
+        return unsure + [i for i, spread in enumerate(spreads) if 0.0 <= spread <= self.precision]
 
     def _left_s(self) -> float:
         return self.budget_s - (self.world.now_s - self.began_s)
@@ -176,7 +181,9 @@ class _Session:
         case = self.todo[at]
         if case.op in KERNEL_OPS:
             left_s = self._left_s()
-            count = self.world.first(f"kernels from {case.op} {case.key}", lambda: self._kernels(at, left_s))
+            everywhere = self.world.device.type == "cpu"
+            work = (lambda: self._kernels(at, left_s)) if everywhere or self.world.rank == 0 else (lambda: 0)
+            count = self.world.collect(f"kernels from {case.op} {case.key}", work, lambda counts: counts[0])
             assert isinstance(count, int)
             return count
         try:
@@ -204,7 +211,7 @@ class _Session:
         return [self.bench.collective(case, share_s, self.precision)]
 
     def _kernels(self, at: int, left_s: float) -> int:
-        """Kernels one after the other on this rank, for a slice of time; runs on rank 0."""
+        """Kernels one after the other on this rank, for a slice of time; only rank 0 keeps what they took."""
         began_s, first = time.monotonic(), at
         while at < len(self.todo) and self.todo[at].op in KERNEL_OPS:
             case, spent_s = self.todo[at], time.monotonic() - began_s
@@ -213,9 +220,11 @@ class _Session:
             try:
                 timing, how = measured(case, self.clock, self._share_s(left_s - spent_s, at), self.precision)
             except UnsupportedCase as error:
-                self.skipped.append((case, error.message))
+                if self.world.rank == 0:
+                    self.skipped.append((case, error.message))
             else:
-                self._keep(case, Measured(timing=timing, how=how))
+                if self.world.rank == 0:
+                    self._keep(case, Measured(timing=timing, how=how))
             at += 1
         return at - first
 
