@@ -13,7 +13,8 @@ from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.price import Pricing
 from moeplan.errors import ProblemError
 from moeplan.planner.bounds import least_step_seconds
-from moeplan.planner.calibration import ENOUGH, MEASURED, SPREADS, Calibration, calibrate
+from moeplan.planner.calibration import MEASURED, SPREADS, Calibration, calibrate
+from moeplan.planner.factors import ENOUGH
 from moeplan.planner.solve import solve
 from moeplan.profiles.hardware import load_cluster
 from moeplan.profiles.nominal import nominal
