@@ -24,7 +24,12 @@ COMMANDS = {
     "schedule": "Compare the schedules of one MoE layer.",
     "simulate": "Run one step of a plan as a timeline of all stages and micro-batches.",
     "export": "Write launch files for a plan.",
+    "import": "Read a launch script that is in use today.",
+    "lint": "Find what a launch script breaks, and what it leaves on the table.",
+    "tune": "Try the best plans for real, and keep the fastest.",
+    "profile": "Measure the devices and links of this machine.",
     "calibrate": "Correct the profile of a machine by runs that were measured on it.",
+    "verify": "Run the MoE layers of a plan under their schedules, and compare results and times.",
     "catalog": "List models, devices and clusters with the sources of their numbers.",
 }
 """Commands with the line that the overview shows; a test holds these to the commands' own help."""
@@ -41,7 +46,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"moeplan.cli.{cmd_name}"), cmd_name)
+        name = "import_" if cmd_name == "import" else cmd_name  # a word of Python's own
+        command: click.Command = getattr(importlib.import_module(f"moeplan.cli.{name}"), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -36,6 +36,10 @@ from moeplan.units import format_bytes, format_count
     "--pin", "pins", multiple=True, metavar="COND", help="Keep only layouts that meet it: tp=2, 'pp<=8', recompute=none."
 )
 @click.option("--forbid", "forbidden", multiple=True, metavar="COND", help="Leave out layouts that meet it: 'ep>8'.")
+@click.option(
+    "--improve", type=click.Path(path_type=Path), metavar="PLAN",
+    help="Say what to change in this plan (of `moeplan import`), in place of a question of your own.",
+)  # fmt: skip
 @click.option("--refine", is_flag=True, help="Split the layers of the plans anew, by the cost of each layer (MILP).")
 @click.option("--top", type=Count(100), default=5, show_default=True, help="Plans to show, up to 100.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the best plan to this file.")
@@ -46,6 +50,7 @@ def solve(
     target_tokens_per_s: float | None,
     pins: tuple[str, ...],
     forbidden: tuple[str, ...],
+    improve: Path | None,
     refine: bool,
     top: int,
     output: Path | None,
@@ -55,9 +60,10 @@ def solve(
     """Find the best layouts of a model on a cluster.
 
     \b
-    Example:
+    Examples:
       moeplan solve --model deepseek-v3 --cluster h100x256 --global-batch 2048 --seq-len 4096 \\
                     --precision fp8-cs -o plan.yaml
+      moeplan solve --improve imported.yaml -o better.yaml
 
     All degrees, micro-batch, virtual stages, dispatcher, overlap and recompute are searched; the answer comes with a count of
     everything that was passed over and why. Plans that tie differ by less than the noise of their difference; of those that tie
@@ -65,6 +71,8 @@ def solve(
     """
     if output is not None:
         check_writable(output, "plan file")
+    if improve is not None:
+        return _improve(improve, output, as_json=as_json)
     target = _target(objective, target_step_time, target_tokens_per_s)
     problem = make_problem(**options, pins=pins, forbidden=forbidden)
     from moeplan.planner.solve import solve as solve_problem
@@ -90,6 +98,48 @@ def solve(
     if output is not None:
         click.echo(f"plan written to {output}; next: moeplan export {output} --to megatron -d launch", err=True)
     return 0
+
+
+def _improve(plan_file: Path, output: Path | None, *, as_json: bool) -> int:
+    """Edits of a plan, and the best plan of its question."""
+    from moeplan.cli import render_improve
+    from moeplan.planner.improve import improve
+    from moeplan.planner.plan import load_plan
+    from moeplan.planner.solve import solve as solve_problem
+
+    context = click.get_current_context()
+    given = {p.name: p.opts[0] for p in context.command.params if _typed(context, p)}
+    for name in ("improve", "output", "as_json"):
+        given.pop(name, None)
+    if given:
+        names = ", ".join(given.values())
+        raise UsageError(
+            f"--improve takes the question from the plan, not from {names}", hint="leave it out, or edit the plan file"
+        )
+    plan = load_plan(plan_file)
+    for text in plan.remarks:
+        remark(text)
+    with progress_bar("solving") as progress:
+        solution = solve_problem(plan.problem, keep=1, progress=progress)
+    if not solution.plans:
+        click.echo(f"no plan fits: {_why(plan.problem, solution, False)}", err=True)
+        return NO_PLAN_FITS
+    found = improve(plan, solution.plans[0])
+    if output is not None:
+        (found.path[-1].after if found.path else plan).save(output)
+    if as_json:
+        print_json(render_improve.data(found))
+    else:
+        render_improve.show(found)
+    if output is not None:
+        click.echo(f"plan written to {output}; next: moeplan export {output} --to megatron -d launch", err=True)
+    return 0
+
+
+def _typed(context: click.Context, parameter: click.Parameter) -> bool:
+    """Whether an option was given by the user."""
+    assert parameter.name is not None
+    return context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _target(objective: str, step_time: str | None, tokens_per_s: float | None) -> dict[str, float]:

@@ -15,9 +15,7 @@ from typing import Any, TypeVar
 
 from moeplan.costmodels.model import Attention, Block, LatentAttention, Layer, LinearAttention, Mamba, Mlp, Model, Moe
 from moeplan.errors import ExportError
-
-Flag = tuple[str, ...]
-"""A flag and its values, each one word of a command line (not yet quoted for a shell)."""
+from moeplan.exporters.base import Flag
 
 MOE_PROPERTIES = (
     "experts topk width gated shared_width shared_gate bias router_bias expert_bias expert_bias_is_parameter latent "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moeplan.exporters.megatron import ARGUMENTS, arguments, environment, export, transformer_engine
+from moeplan.exporters.base import read_arguments
+from moeplan.exporters.megatron import ARGUMENTS, arguments, environment, transformer_engine
+from moeplan.exporters.write import export
 from moeplan.planner.plan import Plan, price_plan
 from moeplan.planner.solve import solve
 from moeplan.runtime.groups import rank_groups
@@ -46,18 +47,6 @@ PAIRS = [  # model, cluster, global batch, tokens of a sequence, precision
 ]
 
 
-def read_export(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Environment and command line of an argument file, as a shell would read it."""
-    exported, given = {}, []
-    for line in path.read_text().splitlines():
-        found = shlex.split(line, comments=True)
-        if found[:1] == ["export"]:
-            exported |= dict(word.split("=", 1) for word in found[1:])
-        else:
-            given += found
-    return exported, given
-
-
 @functools.cache
 def known_flags() -> frozenset[str]:
     return frozenset(megatron.known_flags())
@@ -80,7 +69,7 @@ def test_solved_plan(model: str, cluster: str, batch: int, seq_len: int, precisi
     plan = solve(problem, keep=1).plans[0]
     assert plan.excess_bytes <= 0
     export(plan, tmp_path / "launch")
-    exported, given = read_export(tmp_path / "launch" / ARGUMENTS)
+    exported, given = read_arguments((tmp_path / "launch" / ARGUMENTS).read_text())
     assert (exported, given) == (environment(plan), words(arguments(plan)))
     assert {word for word in given if word.startswith("--")} <= known_flags()
     verdict = megatron.accept(

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
-from moeplan.exporters.megatron import README, SLURM, TORCHRUN, arguments, environment, export
+from moeplan.exporters.megatron import arguments, environment
+from moeplan.exporters.readme import README
+from moeplan.exporters.write import export
 from moeplan.planner.plan import Plan, price_plan
 from tests.exporters.cases import layout_of, problem_of, small_models, words
 
+TORCHRUN, SLURM = "run_torchrun.sh", "run_slurm.sbatch"
 SBATCH_OPTIONS = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "exclusive", "time"}
 SHOW = '#!/usr/bin/env bash\nprintf \'%s\\0\' "$@" > "$RECORD.$NODE_RANK"\nenv -0 > "$RECORD.$NODE_RANK.env"\n'
 """A stand-in for torchrun that records its arguments and environment."""
@@ -43,6 +46,11 @@ def plan_of(model: str, cluster: str, fields: dict[str, Any]) -> Plan:
     return price_plan(problem, layout_of(problem.model, problem.profile.cluster.gpus, **fields))
 
 
+def exported(plan: Plan, directory: Path, name: str) -> Path:
+    """The path of one file of a new export."""
+    return {path.name: path for path in export(plan, directory)}[name]
+
+
 @pytest.fixture
 def stubs(tmp_path: Path) -> dict[str, str]:
     """An environment whose torchrun, srun and scontrol only record, with a Megatron checkout that is empty."""
@@ -57,6 +65,7 @@ def stubs(tmp_path: Path) -> dict[str, str]:
         "PATH": f"{folder}:{os.environ['PATH']}",
         "RECORD": str(tmp_path / "record"),
         "MEGATRON_LM": "/opt/mega tron",
+        "SKIP_PREFLIGHT": "1",
     }
 
 
@@ -76,8 +85,8 @@ def test_torchrun_gets_the_plan(
     model: str, cluster: str, fields: dict[str, Any], tmp_path: Path, stubs: dict[str, str]
 ) -> None:
     plan = plan_of(model, cluster, fields)
-    script = export(plan, tmp_path / "a launch")[1]
-    assert script.name == TORCHRUN and os.access(script, os.X_OK)
+    script = exported(plan, tmp_path / "a launch", TORCHRUN)
+    assert os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     nodes = plan.problem.profile.cluster.nodes
     given = {**stubs, "NODE_RANK": "0"} if nodes == 1 else {**stubs, "NODE_RANK": str(nodes - 1), "MASTER_ADDR": "node-a"}
@@ -101,7 +110,7 @@ def test_torchrun_gets_the_plan(
 
 
 def test_torchrun_script_asks_for_what_it_needs(tmp_path: Path, stubs: dict[str, str]) -> None:
-    script = export(plan_of(*PLANS[2]), tmp_path / "launch")[1]
+    script = exported(plan_of(*PLANS[2]), tmp_path / "launch", TORCHRUN)
     without = {k: v for k, v in stubs.items() if k != "MEGATRON_LM"}
     assert "set MEGATRON_LM to a Megatron-LM checkout" in run(script, {**without, "NODE_RANK": "0"}).stderr
     assert "set MASTER_ADDR to the first node" in run(script, {**stubs, "NODE_RANK": "0"}).stderr
@@ -110,11 +119,25 @@ def test_torchrun_script_asks_for_what_it_needs(tmp_path: Path, stubs: dict[str,
 
 
 def test_another_script_can_be_started(tmp_path: Path, stubs: dict[str, str]) -> None:
-    script = export(plan_of(*PLANS[0]), tmp_path / "launch")[1]
+    script = exported(plan_of(*PLANS[0]), tmp_path / "launch", TORCHRUN)
     given = {**stubs, "NODE_RANK": "0", "PRETRAIN_SCRIPT": "my script.py", "MASTER_PORT": "1234"}
     assert run(script, given).returncode == 0
     called, _ = recorded(given, 0)
     assert called[called.index("--master-port") + 1 :][:2] == ["1234", "my script.py"]
+
+
+def test_nodes_are_checked_first(tmp_path: Path, stubs: dict[str, str]) -> None:
+    script = exported(plan_of(*PLANS[0]), tmp_path / "launch", TORCHRUN)
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    given = {**{name: value for name, value in stubs.items() if name != "SKIP_PREFLIGHT"}, "NODE_RANK": "0"}
+    done = run(script, {**given, "PREFLIGHT_SKIP": "libraries"})
+    assert done.returncode == 1 and "FAIL gpus: no GPU (nvidia-smi finds none, or is missing); planned: 8 x H100" in done.stderr
+    assert not list(tmp_path.glob("record*"))
+    rows = "\n".join(["NVIDIA H100 80GB HBM3, 81559, 4"] * 8)
+    (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<E\n{rows}\nE\n")
+    assert run(script, {**given, "PREFLIGHT_SKIP": "libraries"}).returncode == 0
+    assert recorded(stubs, 0)[0][:2] == ["--nnodes", "1"]
 
 
 def test_slurm_starts_every_node(tmp_path: Path, stubs: dict[str, str]) -> None:
@@ -143,8 +166,7 @@ def test_slurm_starts_every_node(tmp_path: Path, stubs: dict[str, str]) -> None:
 @pytest.mark.parametrize(("model", "cluster", "fields"), PLANS)
 def test_slurm_asks_for_the_plans_nodes(model: str, cluster: str, fields: dict[str, Any], tmp_path: Path) -> None:
     plan = plan_of(model, cluster, fields)
-    script = export(plan, tmp_path / "launch")[2]
-    assert script.name == SLURM
+    script = exported(plan, tmp_path / "launch", SLURM)
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", script.read_text(), re.M))
     assert len(options) == script.read_text().count("#SBATCH")
@@ -158,7 +180,7 @@ def test_names_cannot_reach_the_shell(tmp_path: Path, stubs: dict[str, str]) -> 
     plan = plan_of(*PLANS[0])
     model = dataclasses.replace(plan.problem.model, name='my "model"\n$(touch spoiled) #')
     plan = dataclasses.replace(plan, problem=dataclasses.replace(plan.problem, model=model))
-    _, torchrun, slurm, _ = export(plan, tmp_path / "launch")
+    torchrun, slurm = exported(plan, tmp_path / "launch", TORCHRUN), tmp_path / "launch" / SLURM
     assert "#SBATCH --job-name=my-model-touch-spoiled-\n" in slurm.read_text()
     assert run(torchrun, {**stubs, "NODE_RANK": "0"}).returncode == 0
     called, _ = recorded(stubs, 0)
@@ -169,7 +191,7 @@ def test_names_cannot_reach_the_shell(tmp_path: Path, stubs: dict[str, str]) -> 
 @pytest.mark.parametrize(("model", "cluster", "fields"), PLANS)
 def test_readme_names_the_environment(model: str, cluster: str, fields: dict[str, Any], tmp_path: Path) -> None:
     plan = plan_of(model, cluster, fields)
-    text = export(plan, tmp_path / "launch")[3].read_text()
+    text = exported(plan, tmp_path / "launch", README).read_text()
     for name, value in environment(plan).items():
         assert f"`{name}={value}`" in text
     for name in ("MEGATRON_LM", *(["MASTER_ADDR", "NODE_RANK"] if plan.problem.profile.cluster.nodes > 1 else [])):

@@ -1,26 +1,26 @@
-"""What an export holds, what it refuses, and that it is written whole or not at all."""
+"""What is written for Megatron, and what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from moeplan.costmodels.model_catalog import load_model
-from moeplan.errors import ExportError, FileError
+from moeplan.errors import ExportError, UsageError
 from moeplan.exporters import megatron
-from moeplan.exporters.megatron import ARGUMENTS, README, SLURM, TORCHRUN, arguments, environment, export
+from moeplan.exporters.base import Flag
+from moeplan.exporters.megatron import MEGATRON_CORE, Megatron, arguments, environment
+from moeplan.exporters.megatron_layout import FACTS
+from moeplan.exporters.readme import README
+from moeplan.exporters.write import export
 from moeplan.planner.plan import Plan, load_plan, price_plan
 from moeplan.planner.solve import solve
 from tests.exporters.cases import layout_of, problem_of, small_models, unpriced, words
 from tests.exporters.random_layouts import random_case
 
-FLAGS = yaml.safe_load(files("moeplan.exporters").joinpath("flags/megatron.yaml").read_text())["flags"]
 # The flags of every export that plans do not decide.
 ALWAYS = {"--mock-data", "--tokenizer-type", "--train-iters", "--lr"}
 
@@ -50,8 +50,9 @@ def test_every_flag_is_in_the_catalog_once(seed: int) -> None:
     names = [flag[0] for flag in given]
     assert len(set(names)) == len(names)
     for name, *values in given:
-        assert len(values) == {"switch": 0, "value": 1}.get(FLAGS[name]["takes"], len(values)), name
-        assert set(values) <= set(FLAGS[name].get("values", values)), name
+        fact = FACTS.flags[name]
+        assert len(values) == {"switch": 0, "value": 1}.get(fact.takes, len(values)), name
+        assert set(values) <= set(fact.values or values), name
 
 
 ENVIRONMENT: list[
@@ -134,48 +135,6 @@ def test_refuses_what_does_not_start_on_whole_nodes(tmp_path: Path) -> None:
         export(halved, tmp_path / "launch")
 
 
-def test_writes_four_files(tmp_path: Path) -> None:
-    paths = export(plan_of(), tmp_path / "made" / "launch")
-    assert [p.name for p in paths] == [ARGUMENTS, TORCHRUN, SLURM, README]
-    assert sorted(p.name for p in (tmp_path / "made" / "launch").iterdir()) == sorted(p.name for p in paths)
-    assert [p.name for p in (tmp_path / "made").iterdir()] == ["launch"]
-    assert (tmp_path / "made" / "launch").stat().st_mode & 0o777 == 0o755
-    for path in paths:
-        assert os.access(path, os.X_OK) == path.name.endswith((".sh", ".sbatch"))
-
-
-def test_writes_into_an_empty_directory_only(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert len(export(plan_of(), tmp_path / "empty")) == 4
-    before = {p.name: p.read_bytes() for p in (tmp_path / "empty").iterdir()}
-    with pytest.raises(FileError, match="is not an empty directory"):
-        export(plan_of(tp=2), tmp_path / "empty")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "empty").iterdir()} == before
-    (tmp_path / "file").write_text("kept")
-    for taken in ("file", "file/launch"):
-        with pytest.raises(FileError):
-            export(plan_of(), tmp_path / taken)
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-@pytest.mark.parametrize("failing", ["write_text", "chmod", "replace"])
-def test_writes_all_or_nothing(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    def fail_late(path: Path, *rest: object, **more: object) -> object:
-        return fail() if path.name == README else kept(path, *rest, **more)
-
-    if failing == "replace":
-        monkeypatch.setattr(megatron.os, "replace", fail)
-    else:
-        kept = getattr(Path, failing)
-        monkeypatch.setattr(Path, failing, fail_late)
-    with pytest.raises(FileError, match="cannot write to .*No space left on device"):
-        export(plan_of(), tmp_path / "launch")
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_file_names_its_origin(tmp_path: Path) -> None:
     text = export(plan_of("experts", "h100x16", tp=2, ep=4), tmp_path / "launch")[0].read_text()
     assert text.startswith("# mixtral-8x7b-8l-proxy on H100x16: TP2 DP8 EP4\n# written by moeplan ")
@@ -200,3 +159,55 @@ def test_words_are_quoted_for_a_shell(tmp_path: Path) -> None:
     assert "--pipeline-model-parallel-layout 'Et*3|(t|)*2tmL'" in lines
     assert "--moe-layer-freq '([0]*3+[1]*3)'" in lines
     assert set(words(arguments(plan_of()))) >= ALWAYS
+
+
+EXPLICIT: list[tuple[str, dict[str, Any], list[Flag]]] = [  # what Megatron would change by itself, written out
+    ("dense", {"pp": 2}, [("--no-overlap-p2p-communication",)]),
+    ("dense", {"pp": 2, "vpp": 3}, [("--microbatch-group-size-per-virtual-pipeline-stage", "2")]),
+    (
+        "dense",
+        {},
+        [("--accumulate-allreduce-grads-in-fp32",), ("--ckpt-format", "torch_dist"), ("--ckpt-fully-parallel-load",)],
+    ),
+    ("dense", {}, [("--async-save",), ("--use-persistent-ckpt-worker",), ("--async-strategy", "mcore")]),
+    ("dense", {"sharding": "fsdp"}, [("--ckpt-format", "fsdp_dtensor")]),
+    ("dense", {"optimizer_offload": 0.5}, [("--exp-avg-dtype", "fp32"), ("--main-params-dtype", "fp32")]),
+    ("experts", {"tp": 2}, [("--expert-tensor-parallel-size", "1"), ("--sequence-parallel",)]),
+]
+
+
+@pytest.mark.parametrize(("model", "fields", "flags"), EXPLICIT)
+def test_nothing_is_left_to_be_changed(model: str, fields: dict[str, Any], flags: list[Flag]) -> None:
+    given = flags_of(plan_of(model, **fields))
+    for name, *values in flags:
+        assert given[name] == tuple(values)
+    assert ("--no-overlap-p2p-communication" in given) == (fields == {"pp": 2})
+    assert ("--async-save" in given) == (fields.get("sharding") != "fsdp")
+
+
+def test_older_versions_get_their_names() -> None:
+    plan = plan_of("experts", cuda_graphs=("attn", "moe_router"))
+    words_of = {version: words(arguments(plan, version)) for version in FACTS.versions}
+    assert "--cuda-graph-scope" in words_of["0.17.0"] and "--cuda-graph-modules" not in words_of["0.17.0"]
+    assert words_of["0.18.0"] == words_of["0.19.2"] == words_of["0.20.0"]
+    assert "--cuda-graph-modules" in words_of["0.18.0"]
+
+
+def test_refuses_what_a_version_lacks() -> None:
+    plan = plan_of("dense", cuda_graphs=("full_iteration",))
+    assert arguments(plan, "0.18.0")
+    with pytest.raises(ExportError, match=r"Megatron-LM 0.17.0 lacks --cuda-graph-impl full_iteration \(from 0.18.0 on\)"):
+        arguments(plan, "0.17.0")
+    with pytest.raises(UsageError, match=r"Megatron-LM 0.16.1 is not a version .*known: 0.17.0, 0.18.0, 0.19.2, 0.20.0"):
+        Megatron().check(plan, "0.16.1")
+
+
+def test_the_job_is_one_process() -> None:
+    exporter = Megatron()
+    job = exporter.job(plan_of("hybrid", "a100x16", pp=2, stages="Et*5|t*7L"), MEGATRON_CORE)
+    assert (job.nodes, job.per_node, job.world, job.device, job.vendor) == (2, 8, 16, "A100", "nvidia")
+    assert job.program == ("$PRETRAIN_SCRIPT",)
+    assert [v.default for v in job.variables] == ["", "$MEGATRON_LM/pretrain_hybrid.py"]
+    assert job.requirements == ("torch>=2.4", "megatron-core==0.19.*", "transformer-engine>=2.8")
+    older = exporter.job(plan_of("hybrid", "a100x16", pp=2, stages="Et*5|t*7L"), "0.17.0")
+    assert older.variables[1].default == "$MEGATRON_LM/pretrain_mamba.py" and "megatron-core==0.17.*" in older.requirements

@@ -1,0 +1,1 @@
+"""Reading what people run today: launch scripts, argument files and logs become model, workload and layout."""

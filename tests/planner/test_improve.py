@@ -1,0 +1,88 @@
+"""Edits of a layout that is in use: each is legal, fits and brings what it says; the path ends at the best."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from moeplan.costmodels.layout import Layout
+from moeplan.costmodels.model_catalog import load_model
+from moeplan.planner.constraints import violations
+from moeplan.planner.improve import GROUPS, LEAST, Improvement, improve
+from moeplan.planner.plan import Plan, price_plan
+from moeplan.planner.problem import Problem
+from moeplan.planner.solve import solve
+from moeplan.profiles.hardware import load_cluster
+from moeplan.profiles.nominal import nominal
+from tests.conftest import workload_of
+
+PROBLEM = Problem(
+    model=load_model("qwen3-30b-a3b"),
+    profile=nominal(load_cluster("h100x64")),
+    workload=workload_of(seq_len=4096, global_batch=512),
+)
+SLOW = Layout(tp=2, pp=4, dp=8, ep=8, etp=2, edp=1, sequence_parallel=True, dispatcher="allgather")
+
+
+@pytest.fixture(scope="module")
+def best() -> Plan:
+    return solve(PROBLEM, keep=1).plans[0]
+
+
+@pytest.fixture(scope="module")
+def found(best: Plan) -> Improvement:
+    return improve(price_plan(PROBLEM, SLOW), best)
+
+
+def changed(first: Layout, second: Layout) -> set[str]:
+    return {f.name for f in dataclasses.fields(Layout) if getattr(first, f.name) != getattr(second, f.name)}
+
+
+def test_every_edit_is_legal_fits_and_brings_what_it_says(found: Improvement) -> None:
+    assert len(found.singles) > 3
+    for edit in (*found.singles, *found.path):
+        assert not violations(PROBLEM, edit.after.layout) and edit.after.excess_bytes <= 0
+        assert edit.gain > LEAST and edit.after.step_s == pytest.approx(price_plan(PROBLEM, edit.after.layout).step_s)
+        assert edit.after.layout.world == 64
+
+
+def test_a_single_edit_changes_one_field_and_what_follows(found: Improvement) -> None:
+    follows: dict[str, set[str]] = {
+        **{name: {"dp", "edp", "stages"} for name in ("cp", "pp", "vpp", "ep", "etp")},
+        "tp": {"dp", "edp", "stages", "sequence_parallel"},
+    }
+    for edit in found.singles:
+        assert edit.before is found.plan and len(edit.fields) == 1
+        name = edit.fields[0]
+        assert name in changed(SLOW, edit.after.layout) <= {name} | follows.get(name, set())
+    gains = [edit.gain for edit in found.singles]
+    assert gains == sorted(gains, reverse=True) and len({e.fields for e in found.singles}) == len(gains)
+
+
+def test_the_path_goes_from_small_edits_to_large_ones_and_ends_at_the_best(found: Improvement, best: Plan) -> None:
+    assert found.path[0].before is found.plan
+    assert all(a.after is b.before for a, b in zip(found.path, found.path[1:], strict=False))
+    level = {name: i for i, group in enumerate(GROUPS) for name in group}
+    levels = [level[edit.fields[0]] for edit in found.path if len(edit.fields) == 1]
+    assert levels == sorted(levels)
+    assert found.path[-1].after.step_s <= best.step_s * (1 + LEAST)
+    product = 1.0
+    for edit in found.path:
+        product *= 1.0 - edit.gain
+    assert found.gain == pytest.approx(1.0 - product)
+
+
+def test_the_best_plan_has_nothing_left(best: Plan) -> None:
+    left = improve(best, best)
+    assert left.path == () and left.gain == 0.0
+
+
+def test_what_does_not_fit_is_made_to_fit_first(best: Plan) -> None:
+    large: dict[str, Any] = {"micro_batch": 8, "dp": 64, "ep": 8, "edp": 8, "dispatcher": "alltoall"}
+    plan = price_plan(PROBLEM, Layout(**large))
+    assert plan.excess_bytes > 0
+    found = improve(plan, best)
+    assert found.path[0].after.excess_bytes <= 0
+    assert all(edit.after.excess_bytes <= 0 for edit in found.singles)
