@@ -14,7 +14,7 @@ from moeplan._version import VERSION
 from moeplan.errors import ExportError
 from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, node_size
 from moeplan.exporters.flag_facts import check_version
-from moeplan.exporters.megatron_layout import FACTS, layout_sections
+from moeplan.exporters.megatron_layout import FACTS, layout_sections, passed_flags
 from moeplan.exporters.neutral import PLAN, load_export
 from moeplan.exporters.reading.imported import read_file
 from moeplan.planner.constraints import violations
@@ -34,7 +34,8 @@ def arguments(plan: Plan, version: str = MEGATRON_CORE) -> dict[str, list[Flag]]
         rules = "; ".join(f"{v.rule}: {v}" for v in broken)
         raise ExportError(f"Megatron-LM {version} refuses this plan: {rules}")
     sections = write_arguments(plan, version)
-    FACTS.check([flag for flags in sections.values() for flag in flags], version)
+    passed = {flag[0] for flag in passed_flags(plan)[0]}  # what the user's own version takes is not ours to judge
+    FACTS.check([flag for flags in sections.values() for flag in flags if flag[0] not in passed], version)
     return sections
 
 
@@ -55,7 +56,8 @@ def environment(plan: Plan) -> dict[str, str]:
         out["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if layout.cuda_graphs:
         out["NCCL_GRAPH_REGISTER"] = "0"
-    return out
+    said = {str(name): str(value) for name, value in plan.imported.get("environment", {}).items()}
+    return {**{name: value for name, value in said.items() if re.fullmatch(r"[A-Za-z_]\w*", name)}, **out}
 
 
 def transformer_engine(plan: Plan) -> str:
@@ -117,8 +119,12 @@ class Megatron(Exporter):
         """Stand-ins and libraries."""
         x = plan.layout
         library = f", the library of the dispatcher `{x.dispatcher}`" if x.dispatcher in ("deepep", "hybridep") else ""
+        rest = "are stand-ins for a benchmark run"
+        if plan.imported:
+            left = passed_flags(plan)[1]
+            rest = f"are those of `{plan.imported.get('file', '')}`" + (f", but for {', '.join(left)}" if left else "")
         notes = [
-            f"Data, tokenizer, learning rate and iterations are stand-ins for a benchmark run (last section of `{ARGUMENTS}`).",
+            f"Data, tokenizer, learning rate and iterations {rest} (last section of `{ARGUMENTS}`).",
             f"Transformer Engine {transformer_engine(plan)} or later, NCCL{library}.",
             "Checkpoints are distributed ones; add `--dist-ckpt-optim-fully-reshardable` to go on with another layout.",
         ]

@@ -7,6 +7,9 @@ Every degree and feature is written out, also where it equals Megatron's default
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from moeplan.costmodels.exchange import exchanges_heads
 from moeplan.costmodels.model import Attention, LatentAttention, Model
 from moeplan.costmodels.stages import check_split, chunk_letters
@@ -22,6 +25,11 @@ FACTS = load_facts("megatron")
 
 def layout_sections(plan: Plan, version: str) -> dict[str, list[Flag]]:
     """All flags of a plan by section, of one that breaks rules too; `ExportError` for a model that Megatron lacks."""
+    return {**_decided(plan, version), **_further_sections(plan)}
+
+
+def _decided(plan: Plan, version: str = FACTS.written_for) -> dict[str, list[Flag]]:
+    """The flags that a plan decides."""
     return {
         "parallel layout": _layout_flags(plan),
         "pipeline split": _split_flags(plan),
@@ -31,16 +39,36 @@ def layout_sections(plan: Plan, version: str) -> dict[str, list[Flag]]:
         "precision and optimizer": _precision_flags(plan),
         "model": [f for f in model_arguments(plan.problem.model, plan.problem.workload.seq_len) if not _is_pattern(plan, f)],
         "checkpoints: written where you add --save DIR --save-interval N": _checkpoint_flags(plan),
-        "benchmark stand-ins: replace with your data and schedule": [
-            ("--mock-data",),
-            ("--tokenizer-type", "NullTokenizer"),
-            ("--train-iters", "50"),
-            ("--lr", "1e-4"),
-            ("--log-interval", "1"),
-            ("--log-throughput",),
-            ("--eval-iters", "0"),
-        ],
     }
+
+
+STAND_INS: tuple[Flag, ...] = (
+    ("--mock-data",),
+    ("--tokenizer-type", "NullTokenizer"),
+    ("--train-iters", "50"),
+    ("--lr", "1e-4"),
+    ("--log-interval", "1"),
+    ("--log-throughput",),
+    ("--eval-iters", "0"),
+)
+"""What a benchmark needs beside a plan."""
+
+
+def passed_flags(plan: Plan) -> tuple[list[Flag], list[str]]:
+    """Flags of the imported script that no plan decides, and those that a variable of the script leaves open."""
+    texts = [*plan.imported.get("passed_through", ()), *plan.imported.get("unknown", ())]
+    own = {flag[0] for flags in _decided(plan).values() for flag in flags}
+    flags = [tuple(shlex.split(text)) for text in texts if "$" not in text]
+    return [flag for flag in flags if flag and flag[0] not in own], [text for text in texts if "$" in text]
+
+
+def _further_sections(plan: Plan) -> dict[str, list[Flag]]:
+    """What the imported script says beside the plan, or stand-ins for a benchmark."""
+    if not plan.imported:
+        return {"benchmark stand-ins: replace with your data and schedule": list(STAND_INS)}
+    flags, missing = passed_flags(plan)
+    left = f"; left out, as a variable of the script gives them: {', '.join(missing)}" if missing else ""
+    return {f"from {Path(plan.imported.get('file', '')).name}, passed through{left}": flags}
 
 
 def _layout_flags(plan: Plan) -> list[Flag]:

@@ -68,6 +68,7 @@ class Improvement:
 
 def improve(plan: Plan, best: Plan) -> Improvement:
     """Edits of `plan` towards `best`, the best plan of the same problem."""
+    best = dataclasses.replace(best, imported=plan.imported)
     singles = sorted(_edits(plan, best, [name for group in GROUPS for name in group]), key=lambda e: -e.gain)
     once = {edit.fields: edit for edit in reversed(singles)}  # of each field the value that brings most
     path, now = [], plan
@@ -97,7 +98,8 @@ def _edits(plan: Plan, best: Plan, names: Sequence[str]) -> list[Edit]:
             layout = _changed(plan.problem, plan.layout, name, value)
             if layout is None or layout == plan.layout or violations(plan.problem, layout):
                 continue
-            edit = Edit(fields=(name,), before=plan, after=price_plan(plan.problem, layout))
+            after = price_plan(plan.problem, layout, imported=plan.imported)
+            edit = Edit(fields=(name,), before=plan, after=after)
             if edit.after.excess_bytes <= 0 and (too_large or edit.gain > LEAST):
                 out.append(edit)
     return out

@@ -48,20 +48,9 @@ from moeplan.units import GIB, MIB, TERA
 
 SCHEMA = "moeplan.plan/1"
 _KEYS = (
-    "schema",
-    "moeplan",
-    "model",
-    "cluster",
-    "workload",
-    "limits",
-    "layout",
-    "predicted",
-    "certificate",
-    "runners_up",
-    "measure",
-    "provenance",
-    "remarks",
-)
+    "schema", "moeplan", "model", "cluster", "workload", "limits", "layout", "predicted", "certificate", "runners_up",
+    "measure", "provenance", "remarks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +139,8 @@ class Plan:
     measure: Measurement | None = None
     """What would tell the plan from the first runner-up that ties with it and that a microbenchmark could tell from it."""
     remarks: tuple[str, ...] = field(default=())
+    imported: Mapping[str, Any] = field(default_factory=dict)
+    """Of a launch script that the plan was read from: its file, environment, and the flags that no layout decides."""
 
     @property
     def step_s(self) -> float:
@@ -210,6 +201,8 @@ class Plan:
         if self.measure is not None:
             data["measure"] = to_mapping(self.measure)
         data["provenance"] = provenance(self.problem, self.layout)
+        if self.imported:
+            data["provenance"]["imported"] = dict(self.imported)
         if self.remarks:
             data["remarks"] = list(self.remarks)
         return data
@@ -353,6 +346,7 @@ def load_plan(path: Path) -> Plan:
         runners_up=tuple(_read_runner(r, where, drift) for r in rest.runners_up),
         measure=None if drift else rest.measure,
         remarks=tuple(dict.fromkeys((*rest.remarks, *drift))),
+        imported=rest.provenance.get("imported") or {},
     )
 
 
