@@ -90,11 +90,12 @@ def two(world: World, say: dict[str, Any]) -> None:
     combine = Case(op="deepep", key="combine", sizes=DEEPEP.sizes, group="2/1")
     say["deepep"] = run(world, "deepep", [DEEPEP, combine], 2)
 
-    def slow(op: str, message_bytes: int) -> None:
-        if op == "all_to_all":
-            time.sleep(SLOW_S)
+    def slowed(op: str) -> Any:
+        return lambda ran, message_bytes: time.sleep(SLOW_S) if ran == op else None
 
-    say["slowed"] = run(world, "slowed", collectives("2/1", ops=("all_gather", "all_to_all")), 2, hook=slow)
+    say["slowed"] = run(world, "slowed", collectives("2/1", ops=("all_gather", "all_to_all")), 2, hook=slowed("all_to_all"))
+    slow_scatter = collectives("2/1", ops=("reduce_scatter",))
+    say["slow scatter"] = run(world, "slow-scatter", slow_scatter, 2, hook=slowed("reduce_scatter"))
     say["agreed"], say["sum"] = world.agree(10 * world.rank), world.agree(world.rank + 1, sum)
 
     def cannot() -> None:
