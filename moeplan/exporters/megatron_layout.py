@@ -50,6 +50,7 @@ STAND_INS: tuple[Flag, ...] = (
     ("--log-interval", "1"),
     ("--log-throughput",),
     ("--eval-iters", "0"),
+    ("--eval-interval", "1000"),
 )
 """What a benchmark needs beside a plan."""
 
@@ -67,6 +68,8 @@ def _further_sections(plan: Plan) -> dict[str, list[Flag]]:
     if not plan.imported:
         return {"benchmark stand-ins: replace with your data and schedule": list(STAND_INS)}
     flags, missing = passed_flags(plan)
+    if not {flag[0] for flag in flags} & {"--eval-interval", "--full-validation", "--skip-train"}:
+        flags.append(("--eval-interval", "1000"))  # 0.19.2 divides by it, and has no default
     left = f"; left out, as a variable of the script gives them: {', '.join(missing)}" if missing else ""
     return {f"from {Path(plan.imported.get('file', '')).name}, passed through{left}": flags}
 
