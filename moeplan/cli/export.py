@@ -9,7 +9,7 @@ import click
 from moeplan.cli.options import remark
 from moeplan.errors import UsageError
 
-TARGETS = ("megatron", "plan-json")
+TARGETS = ("megatron", "megatron-bridge", "deepspeed", "torchtitan", "plan-json")
 LAUNCHERS = ("torchrun", "rendezvous", "slurm", "trainjob", "pytorchjob", "job", "skypilot", "ray")
 
 

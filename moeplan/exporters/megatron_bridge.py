@@ -68,6 +68,7 @@ def overrides(plan: Plan) -> dict[str, str]:
     out = {
         "mixed_precision": bridge_facts().precisions[plan.problem.workload.precision.name],
         "comm_overlap": "null",
+        "model.cuda_graph_scope": "null",  # an older name of cuda_graph_modules, which recipes set
         **overrides_of(flags),
         "model.overlap_p2p_comm": str(x.vpp > 1).lower(),
         "model.batch_p2p_comm": str(x.vpp == 1).lower(),

@@ -6,9 +6,11 @@ from moeplan.errors import UnknownNameError
 from moeplan.exporters.base import Exporter
 from moeplan.exporters.deepspeed import DeepSpeed
 from moeplan.exporters.megatron import Megatron
+from moeplan.exporters.megatron_bridge import MegatronBridge
 from moeplan.exporters.neutral import Neutral
+from moeplan.exporters.torchtitan import TorchTitan
 
-EXPORTERS: tuple[Exporter, ...] = (Megatron(), DeepSpeed(), Neutral())
+EXPORTERS: tuple[Exporter, ...] = (Megatron(), MegatronBridge(), DeepSpeed(), TorchTitan(), Neutral())
 
 
 def exporter(name: str) -> Exporter:

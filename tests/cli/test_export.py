@@ -102,7 +102,7 @@ def test_a_plan_that_does_not_fit_comes_with_a_note(moeplan: Moeplan, tmp_path: 
     ("arguments", "code", "message"),
     [
         (["PLAN"], 2, "Missing option '-d'"),
-        (["PLAN", "-d", "x", "--to", "deepspede"], 2, "'deepspede' is not one of 'megatron', 'plan-json'"),
+        (["PLAN", "-d", "x", "--to", "deepspede"], 2, "'deepspede' is not one of 'megatron', 'megatron-bridge', 'deepspeed'"),
         (["PLAN", "-d", "x", "--framework-version", "0.16.1"], 2, "known: 0.17.0, 0.18.0, 0.19.2, 0.20.0"),
         (["PLAN", "-d", "x", "--launcher", "slrum"], 2, "'slrum' is not one of"),
         (["PLAN", "-d", "x", "--launcher", "job"], 2, "hint: give --set MEGATRON_LM=... --set image=..."),

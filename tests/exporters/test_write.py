@@ -44,9 +44,21 @@ def test_writes_these_files(tmp_path: Path) -> None:
     assert load_export(tmp_path / "made" / "launch" / PLAN)["files"] == sorted(USUAL)
 
 
+CUT = {"tp": 2, "ep": 4, "etp": 2, "pp": 2, "micro_batch": 2}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {  # a model and a layout that a target runs
+    "megatron": ("mixtral-8x7b-4l-proxy", CUT),
+    "megatron-bridge": ("qwen3-30b-a3b", CUT),
+    "deepspeed": ("mixtral-8x7b", {"ep": 4, "dp_overlap": False, "recompute": ("full",)}),
+    "torchtitan": ("qwen3-30b-a3b", {"tp": 2, "ep": 4, "pp": 2, "vpp": 2, "sharding": "fsdp"}),
+    "plan-json": ("mixtral-8x7b-4l-proxy", CUT),
+}
+
+
 @pytest.mark.parametrize("known", EXPORTERS, ids=lambda known: known.name)
 def test_every_target_reads_what_it_wrote(known: Exporter, tmp_path: Path) -> None:
-    plan = plan_of("h100x16", tp=2, ep=4, etp=2, pp=2, micro_batch=2)
+    model, layout = ROWS[known.name]
+    problem = problem_of(model, "h100x16", 64, 2048)
+    plan = price_plan(problem, layout_of(problem.model, 16, **layout))
     export(plan, tmp_path / "launch", exporter=known)
     found = known.read(tmp_path / "launch")
     assert (found.layout, found.world, found.workload) == (plan.layout, 16, plan.problem.workload)

@@ -25,7 +25,8 @@ CONFIG = "ds_config.json"
 """Name of DeepSpeed's JSON in an export."""
 MODEL = "config.json"
 """Name of the model's configuration."""
-_ARGUMENTS = "deepspeed.args"
+ARGUMENTS = "deepspeed.args"
+"""Name of the argument file."""
 _SHARDINGS = {0: "ddp", 1: "optimizer", 2: "optimizer", 3: "fsdp"}
 
 
@@ -150,7 +151,7 @@ def _dispatcher(model: Model, experts: Section) -> str:
 def read_export(directory: Path) -> Reading:
     """What the files of an export say; its pipeline of one rank and its software era stand in `plan.json` alone."""
     said = read_plan(directory / PLAN)
-    _, words = read_arguments(read_text(directory / _ARGUMENTS, "argument file"))
+    _, words = read_arguments(read_text(directory / ARGUMENTS, "argument file"))
     seq_len = int(words[words.index("--seq_length") + 1])
     model = read_config(load_json(directory / MODEL), name=said.model.name, source=said.model.source)
     where = f"configuration '{directory / CONFIG}'"

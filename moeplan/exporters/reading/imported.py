@@ -34,7 +34,8 @@ class Imported:
 
     path: str
     kind: str
-    """What kind of file it is: "launch script", "argument file", "export", "log" or "YAML file"."""
+    """What kind of file it is: "launch script", "argument file", "export", "log", "YAML file"; of other frameworks than
+    Megatron-LM "configuration", "recipe" or "overrides"."""
     framework: str
     """Whose arguments these are, with the version that they were read for."""
     program: str
@@ -115,6 +116,11 @@ def read_file(
     `settings` are variables and `positional` the arguments of a script; `add` are further arguments for Megatron, which stand
     last. `gpus` overrides the count that the file gives, `otherwise_gpus` serves where it gives none.
     """
+    from moeplan.exporters.reading.frameworks import read_other  # which makes what stands in this module
+
+    found = read_other(path, settings=settings or {}, positional=positional, add=add, gpus=gpus or otherwise_gpus, era=era)
+    if found is not None:
+        return found
     source = read_source(path, settings or {}, positional)
     if not source.flags.given:
         raise FileError(f"'{path}' holds no arguments of Megatron-LM")

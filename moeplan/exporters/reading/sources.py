@@ -121,7 +121,7 @@ def _export(folder: Path, script: Path | None = None) -> Source:
         [script] if script is not None else sorted(folder.glob("*.sh"), key=lambda p: (p.name != "run_torchrun.sh", p.name))
     )
     for candidate in scripts:
-        launches = _launches(_text(candidate), candidate, {}, ())[1]
+        launches = read_launches(_text(candidate), candidate, {}, ())[1]
         if launches:
             found = launches[-1]
             return Source(
@@ -156,7 +156,7 @@ def _yaml(text: str, where: str, settings: Mapping[str, str]) -> Source:
 
 
 def _script(text: str, path: Path, settings: Mapping[str, str], positional: Sequence[str]) -> Source:
-    shell, launches = _launches(text, path, settings, positional)
+    shell, launches = read_launches(text, path, settings, positional)
     training = [x for x in launches if _weight(x)]
     if not training:
         raise FileError(f"'{path}' starts no training with Megatron's arguments", hint=_why_none(shell, launches, text))
@@ -177,7 +177,7 @@ def _script(text: str, path: Path, settings: Mapping[str, str], positional: Sequ
     )
 
 
-def _launches(text: str, path: Path, settings: Mapping[str, str], positional: Sequence[str]) -> tuple[Shell, list[Launch]]:
+def read_launches(text: str, path: Path, settings: Mapping[str, str], positional: Sequence[str]) -> tuple[Shell, list[Launch]]:
     """What a script starts."""
     request = slurm_request(text)
     shell = shell_of(f"'{path}'", path, {**settings}, positional)

@@ -21,7 +21,7 @@ from moeplan.costmodels.workload import Workload, load_era, load_precision
 from moeplan.errors import FileError, LayoutError, SchemaError
 from moeplan.exporters.base import Reading
 from moeplan.exporters.neutral import PLAN, read_plan
-from moeplan.exporters.torchtitan_demands import BACKENDS, titan_models
+from moeplan.exporters.torchtitan_demands import BACKENDS, replicas, titan_models
 from moeplan.records import read_text
 
 RECIPE = "moeplan_recipe.py"
@@ -217,7 +217,7 @@ def _stages(model: Model, p: Mapping[str, Any], pp: int) -> tuple[str, int]:
 
 
 def read_export(directory: Path) -> Reading:
-    """What the files of an export say; a split that can be written in two ways and the software era are those of `plan.json`."""
+    """What the files of an export say; the software era, and the text of a split that agrees, are those of `plan.json`."""
     said = read_plan(directory / PLAN)
     where = f"recipe '{directory / RECIPE}'"
     found = read_recipe(read_text(directory / RECIPE, "recipe"), where, FUNCTION)
@@ -225,4 +225,6 @@ def read_export(directory: Path) -> Reading:
     theirs, ours = (chunk_letters(model, layout.pp, layout.vpp, stages) for stages in (layout.stages, said.layout.stages))
     if layout.pp == 1 or theirs == ours:
         layout = dataclasses.replace(layout, stages=said.layout.stages)
+    if replicas(layout) == 1:  # nothing to shard or to reduce
+        layout = dataclasses.replace(layout, sharding=said.layout.sharding, dp_overlap=said.layout.dp_overlap)
     return Reading(model=model, workload=workload, layout=layout, world=layout.world)
