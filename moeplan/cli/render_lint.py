@@ -45,7 +45,7 @@ def imported_lines(imported: Imported, cluster: Cluster | None) -> Iterator[Rend
     table.add_row("switches", ", ".join(name for name in switches if getattr(x, name)) or "none")
     yield table
     for title, lines in (
-        ("Flags that Megatron does not know", [str(g) for g in imported.unknown]),
+        (f"Flags that {imported.framework.split(' ')[0]} does not know", [str(g) for g in imported.unknown]),
         ("Defaults of Megatron that this rests on", [f"{flag} {value}" for flag, value in imported.defaults.items()]),
         ("Flags that change nothing here, kept as they stand", [str(g) for g in imported.passed]),
     ):
