@@ -95,7 +95,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     place = tmp_path_factory.mktemp("tune")
     plan = given(place)
     plan.save(place / "plan.yaml")
-    launch = f"{sys.executable} {SCRIPT} {{plan}} --memory-mib 70 --hang-with tp=2"
+    launch = f"{sys.executable} {SCRIPT} {{plan}} --memory-mib 48 --hang-with tp=2"
     command = [
         sys.executable, "-m", "moeplan", "tune", str(place / "plan.yaml"), "--launch", launch, "--to", "none", "--top", "6",
         "--threshold", "0", "--steps", "3", "--warmup", "1", "--stall", "10s", "--timeout", "5m", "--poll", "0.1",

@@ -118,12 +118,14 @@ class Job:
         whole = torch.cat([combined if i == self.place["tp"] else torch.zeros_like(combined) for i in range(tp)])
         return _SumForward.apply(whole, self.groups["tp"])[:rows]
 
-    def step(self, sequences: int, seq_len: int, limit: MemoryLimit) -> None:
-        """One optimizer step over this rank's sequences, micro-batch by micro-batch."""
-        for _ in range(sequences // self.x.micro_batch):
-            x = torch.randn(self.x.micro_batch * seq_len, HIDDEN)
+    def step(self, sequences: int, seq_len: int, limit: MemoryLimit | None = None, micro_batch: int = 0) -> None:
+        """One optimizer step over this rank's sequences, micro-batch by micro-batch (the layout's, if none is given)."""
+        each = micro_batch or self.x.micro_batch
+        for _ in range(sequences // each):
+            x = torch.randn(each * seq_len, HIDDEN)
             loss = self.forward(x).square().mean()
-            limit.check()
+            if limit is not None:
+                limit.check()
             loss.backward()
         for weights, name in (((*self.dense, *self.gates), "dp"), (self.experts, "edp")):
             for weight in weights:
@@ -142,8 +144,6 @@ class MemoryLimit:
     """What a process may hold beyond what it holds now."""
 
     def __init__(self, mib: int) -> None:
-        for option, value in ((-8, 1), (-3, 65536)):  # M_ARENA_MAX, M_MMAP_THRESHOLD: what is freed is given back at once
-            ctypes.CDLL(None).mallopt(option, value)
         self.before, self.most = resident_bytes(), mib * 2**20
 
     def check(self) -> None:
@@ -158,10 +158,13 @@ def train(options: argparse.Namespace, rank: int) -> None:
     plan = yaml.safe_load(options.plan.read_text())
     layout, workload = read_layout(plan["layout"], "plan"), plan["workload"]
     torch.set_num_threads(1)
+    for option, value in ((-8, 1), (-3, 65536)):  # M_ARENA_MAX, M_MMAP_THRESHOLD: what is freed is given back at once
+        ctypes.CDLL(None).mallopt(option, value)
     dist.init_process_group("gloo", rank=rank, world_size=layout.world)
     print(f"rank {rank} of {layout.world} has joined", flush=True)
     job = Job(layout, rank)
     print(f"rank {rank} is ready", flush=True)
+    job.step(1, workload["seq_len"], micro_batch=1)  # what the libraries allocate once is nobody's micro-batch
     limit = MemoryLimit(options.memory_mib or 2**20)
     hang = options.hang_with.split("=") if options.hang_with else None
     for iteration in range(1, options.steps + 1):
