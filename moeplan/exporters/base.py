@@ -6,11 +6,13 @@ that command on every GPU and knows nothing of frameworks. What was written is r
 
 from __future__ import annotations
 
+import re
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moeplan.costmodels.layout import Layout
 from moeplan.costmodels.model import Model
@@ -119,6 +121,19 @@ def node_size(plan: Plan) -> tuple[int, int]:
     if nodes * each != plan.layout.world:
         raise ExportError(f"{nodes} nodes of {each} processes are not the {plan.layout.world} ranks of the plan")
     return nodes, each
+
+
+def job_of(plan: Plan, **how: Any) -> Job:
+    """The job of a plan: its name, size and device from the plan, the rest from `how`."""
+    nodes, each = node_size(plan)
+    device = plan.problem.profile.cluster.device
+    name = plain_name(plan.problem.model.name)
+    return Job(name=name, nodes=nodes, per_node=each, device=device.name, vendor=device.vendor, **how)
+
+
+def plain_name(name: str) -> str:
+    """A name with nothing in it that a shell or Slurm could misread."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
 
 
 def arguments_text(job: Job, heading: Sequence[str]) -> str:

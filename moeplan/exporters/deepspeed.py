@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeplan._version import VERSION
-from moeplan.exporters.base import Exporter, Job, Reading, Variable, arguments_text, node_size
+from moeplan.exporters.base import Exporter, Job, Reading, Variable, arguments_text, job_of, node_size
 from moeplan.exporters.deepspeed_config import (
     DEMANDS,
     FACTS,
@@ -25,7 +25,6 @@ from moeplan.exporters.deepspeed_config import (
 from moeplan.exporters.deepspeed_script import SCRIPT
 from moeplan.exporters.demands import check_demands
 from moeplan.exporters.flag_facts import check_version
-from moeplan.exporters.megatron import plain_name
 from moeplan.exporters.reading.deepspeed import ARGUMENTS, CONFIG, MODEL, read_export
 from moeplan.planner.plan import Plan
 
@@ -52,14 +51,8 @@ class DeepSpeed(Exporter):
 
     def job(self, plan: Plan, version: str) -> Job:
         """The training script on every GPU."""
-        nodes, each = node_size(plan)
-        device = plan.problem.profile.cluster.device
-        return Job(
-            name=plain_name(plan.problem.model.name),
-            nodes=nodes,
-            per_node=each,
-            device=device.name,
-            vendor=device.vendor,
+        return job_of(
+            plan,
             program=(
                 "$TRAIN_SCRIPT",
                 "--deepspeed",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moeplan._version import VERSION
 from moeplan.errors import ExportError
-from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, node_size
+from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, job_of, node_size, plain_name
 from moeplan.exporters.flag_facts import check_version
 from moeplan.exporters.megatron_layout import FACTS, layout_sections, passed_flags
 from moeplan.exporters.neutral import PLAN, load_export
@@ -83,15 +83,9 @@ class Megatron(Exporter):
 
     def job(self, plan: Plan, version: str) -> Job:
         """The pretraining script with the plan's arguments."""
-        nodes, each = node_size(plan)
-        device = plan.problem.profile.cluster.device
         script = _HYBRID_SCRIPTS.get(version, "pretrain_hybrid.py") if plan.problem.model.is_hybrid else "pretrain_gpt.py"
-        return Job(
-            name=plain_name(plan.problem.model.name),
-            nodes=nodes,
-            per_node=each,
-            device=device.name,
-            vendor=device.vendor,
+        return job_of(
+            plan,
             program=("$PRETRAIN_SCRIPT",),
             arguments_file=ARGUMENTS,
             sections=arguments(plan, version),
@@ -136,11 +130,6 @@ class Megatron(Exporter):
         """Model, workload and layout of the argument file."""
         found = read_file(directory / ARGUMENTS, gpus=load_export(directory / PLAN)["gpus"])
         return Reading(model=found.model, workload=found.workload, layout=found.layout, world=found.world)
-
-
-def plain_name(name: str) -> str:
-    """A name with nothing in it that a shell or Slurm could misread."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
 
 
 def _requirements(plan: Plan, version: str) -> tuple[str, ...]:

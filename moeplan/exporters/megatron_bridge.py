@@ -13,10 +13,10 @@ from moeplan._version import VERSION
 from moeplan.costmodels.model import Model
 from moeplan.costmodels.model_catalog import named_model
 from moeplan.errors import ExportError, MoeplanError
-from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, node_size
+from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, job_of, node_size
 from moeplan.exporters.demands import Demand, check_demands
 from moeplan.exporters.flag_facts import check_version
-from moeplan.exporters.megatron import arguments, environment, plain_name, transformer_engine
+from moeplan.exporters.megatron import arguments, environment, transformer_engine
 from moeplan.exporters.megatron_bridge_facts import bridge_facts, overrides_of
 from moeplan.exporters.reading.bridge import ARGUMENTS, read_export
 from moeplan.planner.plan import Plan
@@ -93,14 +93,8 @@ class MegatronBridge(Exporter):
 
     def job(self, plan: Plan, version: str) -> Job:
         """The recipe script with the overrides."""
-        nodes, each = node_size(plan)
-        device = plan.problem.profile.cluster.device
-        return Job(
-            name=plain_name(plan.problem.model.name),
-            nodes=nodes,
-            per_node=each,
-            device=device.name,
-            vendor=device.vendor,
+        return job_of(
+            plan,
             program=("$RUN_RECIPE",),
             arguments_file=ARGUMENTS,
             sections={

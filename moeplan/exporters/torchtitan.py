@@ -13,10 +13,9 @@ from typing import Any
 from moeplan._version import VERSION
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.errors import ExportError
-from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, node_size
+from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, job_of, node_size
 from moeplan.exporters.demands import check_demands
 from moeplan.exporters.flag_facts import check_version, load_facts
-from moeplan.exporters.megatron import plain_name
 from moeplan.exporters.reading.torchtitan import ARGUMENTS, FUNCTION, RECIPE, read_export
 from moeplan.exporters.torchtitan_demands import BACKENDS, DEMANDS, TitanModel, titan_model
 from moeplan.planner.plan import Plan
@@ -192,14 +191,8 @@ class TorchTitan(Exporter):
 
     def job(self, plan: Plan, version: str) -> Job:
         """The recipe on every GPU."""
-        nodes, each = node_size(plan)
-        device = plan.problem.profile.cluster.device
-        return Job(
-            name=plain_name(plan.problem.model.name),
-            nodes=nodes,
-            per_node=each,
-            device=device.name,
-            vendor=device.vendor,
+        return job_of(
+            plan,
             program=(f"$here/{RECIPE}",),
             arguments_file=ARGUMENTS,
             sections={"recipe": [("--module", RECIPE.removesuffix(".py")), ("--config", FUNCTION)]},
