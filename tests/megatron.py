@@ -30,6 +30,7 @@ __all__ = [
     "known_flags",
     "rank_groups",
     "split_chunks",
+    "start",
 ]
 
 
@@ -132,6 +133,22 @@ def estimates(
         args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
         flops = megatron.training.num_floating_point_operations(args, args.global_batch_size)
         return float(flops), float(megatron.theoretical_memory_usage.compute_weight_and_optimizer_memory(args))
+
+
+def start(arguments: Sequence[str], world: int) -> str:
+    """Why a run stops between its parser and its first step, where Megatron sets up the schedule and counts samples."""
+    with session(world, {}, (9, 0), "2.14.0") as megatron:
+        args = _parse(megatron, arguments)
+        megatron.arguments.validate_args(args, {})
+        optimizer = mock.Mock(param_groups=[])
+        with mock.patch.object(megatron.training, "get_args", lambda: args):
+            try:
+                if not args.skip_train:
+                    megatron.training.get_optimizer_param_scheduler(optimizer)
+                megatron.training.get_train_valid_test_num_samples()
+            except Exception as error:
+                return _describe(error)
+    return ""
 
 
 def known_flags() -> dict[str, Any]:

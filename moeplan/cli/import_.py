@@ -135,7 +135,7 @@ def read_source(
 def _say_broken(imported: Imported, cluster: Cluster | None) -> None:
     """Remarks on rules that the layout breaks."""
     for fault in imported.faults:
-        remark(f"Megatron refuses it: {fault}")
+        remark(f"{imported.framework.split(' ')[0]} refuses it: {fault}")
     from moeplan.exporters.lint import broken_rules
 
     for violation in broken_rules(imported, cluster):

@@ -38,6 +38,9 @@ def lint(as_json: bool, **source: Any) -> int:
     else:
         from moeplan.cli.render import console
 
+        framework = imported.framework.split(" ")[0]
+        if framework != "Megatron-LM":
+            remark(f"only the layout is judged, by the rules of Megatron-LM; the flags of {framework} are not")
         for text in imported.remarks:
             remark(text)
         out = console()

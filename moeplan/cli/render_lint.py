@@ -38,15 +38,16 @@ def imported_lines(imported: Imported, cluster: Cluster | None) -> Iterator[Rend
     table.add_row("split", x.stages or "even")
     table.add_row(
         "step",
-        f"micro-batch {x.micro_batch}, recompute {'+'.join(x.recompute) or 'none'}, "
+        f"micro-batch {x.micro_batch}, recompute {x.recompute_text()}, "
         f"CUDA graphs {'+'.join(x.cuda_graphs) or 'none'}, sharding {x.sharding}, dispatcher {x.dispatcher}",
     )
     switches = ("sequence_parallel", "dp_overlap", "tp_overlap", "ep_overlap", "shared_overlap")
     table.add_row("switches", ", ".join(name for name in switches if getattr(x, name)) or "none")
     yield table
+    framework = imported.framework.split(" ")[0]
     for title, lines in (
-        (f"Flags that {imported.framework.split(' ')[0]} does not know", [str(g) for g in imported.unknown]),
-        ("Defaults of Megatron that this rests on", [f"{flag} {value}" for flag, value in imported.defaults.items()]),
+        (f"Flags that {framework} does not know", [str(g) for g in imported.unknown]),
+        (f"Defaults of {framework} that this rests on", [f"{flag} {value}" for flag, value in imported.defaults.items()]),
         ("Flags that change nothing here, kept as they stand", [str(g) for g in imported.passed]),
     ):
         if lines:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from moeplan._version import VERSION
-from moeplan.exporters.base import Exporter, Job, Reading, Variable, arguments_text, job_of, node_size
+from moeplan.exporters.base import Exporter, Job, Reading, Variable, arguments_text, job_of
 from moeplan.exporters.deepspeed_config import (
     DEMANDS,
     FACTS,
     config,
     flat,
+    megatron_config,
     megatron_flags,
     model_config,
     model_facts,
@@ -25,6 +26,7 @@ from moeplan.exporters.deepspeed_config import (
 from moeplan.exporters.deepspeed_script import SCRIPT
 from moeplan.exporters.demands import check_demands
 from moeplan.exporters.flag_facts import check_version
+from moeplan.exporters.megatron_deepspeed_facts import CONFIG as MEGATRON_CONFIG
 from moeplan.exporters.reading.deepspeed import ARGUMENTS, CONFIG, MODEL, read_export
 from moeplan.planner.plan import Plan
 
@@ -47,7 +49,6 @@ class DeepSpeed(Exporter):
         check_version(self.title, version, self.versions)
         check_demands(f"{self.title} {version}", DEMANDS, plan)
         FACTS.check(flat(config(plan, version)), version)
-        node_size(plan)
 
     def job(self, plan: Plan, version: str) -> Job:
         """The training script on every GPU."""
@@ -87,6 +88,7 @@ class DeepSpeed(Exporter):
             out[NATIVE] = _json(native)
         if (flags := megatron_flags(plan)) is not None:
             out[MEGATRON] = "".join(" ".join(flag) + "\n" for flag in flags)
+            out[MEGATRON_CONFIG] = _json(megatron_config(plan, version))
         return out
 
     def notes(self, plan: Plan, version: str) -> list[str]:
@@ -102,7 +104,12 @@ class DeepSpeed(Exporter):
                 f"`{NATIVE}` has the arguments of `deepspeed.moe.layer.MoE` for a model of your own that runs the same plan: "
                 "take `expert_parallel` out of the JSON, and give the optimizer "
                 "`split_params_into_different_moe_groups_for_optimizer(...)`."
-                + (f" `{MEGATRON}` has Megatron-DeepSpeed's flags for it." if megatron_flags(plan) else "")
+                + (
+                    f" `{MEGATRON}` has Megatron-DeepSpeed's flags for it, `{MEGATRON_CONFIG}` the JSON that they name; add "
+                    "`--data-path`."
+                    if megatron_flags(plan)
+                    else ""
+                )
                 if native_layer(plan) is not None
                 else "DeepSpeed's older layer (`deepspeed.moe.layer.MoE`) does not run this plan: it takes ZeRO 1 and 2, "
                 "all-to-all and a softmax router only."

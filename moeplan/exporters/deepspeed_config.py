@@ -20,6 +20,8 @@ from moeplan.errors import MoeplanError
 from moeplan.exporters.base import Flag
 from moeplan.exporters.demands import Demand, without_features
 from moeplan.exporters.flag_facts import load_facts
+from moeplan.exporters.megatron_deepspeed_facts import CONFIG as MEGATRON_CONFIG
+from moeplan.exporters.megatron_deepspeed_facts import model_flags
 from moeplan.planner.plan import Plan
 from moeplan.records import load_yaml
 
@@ -52,8 +54,9 @@ def model_config(model: Model) -> dict[str, Any] | None:
     return config if dataclasses.replace(found, remarks=model.remarks) == model else None
 
 
-def _known_class(plan: Plan) -> bool:
-    model, facts = plan.problem.model, model_facts()
+def known_class(model: Model) -> bool:
+    """Whether transformers has a class of a model, and AutoEP a preset if it has experts."""
+    facts = model_facts()
     return model.family in facts["classes"] and (model.moe is None or model.family in facts["presets"])
 
 
@@ -61,7 +64,7 @@ DEMANDS: tuple[Demand, ...] = (
     Demand(
         "model-class",
         "the model is one that transformers has a class of, and AutoEP a preset if it has experts",
-        lambda plan: not _known_class(plan),
+        lambda plan: not known_class(plan.problem.model),
         lambda plan: f"{plan.problem.model.name} is '{plan.problem.model.family}', not one of {model_facts()['classes']}",
     ),
     Demand(
@@ -147,6 +150,13 @@ DEMANDS: tuple[Demand, ...] = (
         lambda plan: plan.layout.recompute not in ((), ("full",)),
         lambda plan: f"recompute of {'+'.join(plan.layout.recompute)}",
         "--pin recompute=full, or --pin recompute=none",
+    ),
+    Demand(
+        "recompute-layers",
+        "recompute in all layers or in none",
+        lambda plan: bool(plan.layout.recompute_layers),
+        lambda plan: f"recompute_layers '{plan.layout.recompute_layers}'",
+        "--pin recompute_layers=all",
     ),
     Demand(
         "precision",
@@ -262,15 +272,21 @@ def native_layer(plan: Plan) -> dict[str, Any] | None:
 
 
 def megatron_flags(plan: Plan) -> list[Flag] | None:
-    """Flags of Megatron-DeepSpeed (July 2025) for the same layout with the older layer; None where they cannot say it.
+    """Flags of Megatron-DeepSpeed (July 2025) for the same plan with the older layer; None where they cannot say it.
 
-    They stand beside the flags of the model's sizes, which are those of an old Megatron-LM. Every layer holds experts there.
+    Every layer holds experts there. They start a run but for the data, which has no stand-in (`--data-path`).
     """
     native, x, workload = native_layer(plan), plan.layout, plan.problem.workload
-    moe = plan.problem.model.moe
-    if native is None or moe is None or moe.shared_width or not all(layer.is_moe for layer in plan.problem.model.layers):
+    model = plan.problem.model
+    if native is None or x.tp * x.pp * x.cp > 1 or not all(layer.is_moe for layer in model.layers):
+        return None
+    sizes = model_flags(model, workload.seq_len)
+    if sizes is None:
         return None
     flags: list[Flag] = [
+        ("--deepspeed",),
+        ("--deepspeed_config", MEGATRON_CONFIG),
+        ("--zero-stage", str(STAGES[x.sharding])),
         ("--tensor-model-parallel-size", "1"),
         ("--pipeline-model-parallel-size", "1"),
         ("--no-pipeline-parallel",),
@@ -278,13 +294,23 @@ def megatron_flags(plan: Plan) -> list[Flag] | None:
         ("--global-batch-size", str(workload.global_batch)),
         ("--seq-length", str(workload.seq_len)),
         ("--bf16",),
-        ("--zero-stage", str(STAGES[x.sharding])),
-        ("--num-experts", str(moe.experts)),
+        *sizes,
         ("--expert-interval", "1"),
-        ("--topk", str(moe.topk)),
         ("--mlp-type", "standard"),
         ("--moe-expert-parallel-size", str(x.ep)),
         ("--create-moe-param-group",),
         ("--disable-moe-token-dropping",),
+        ("--tokenizer-type", "NullTokenizer"),
+        ("--train-iters", "50"),
+        ("--lr", "1e-4"),
+        ("--lr-decay-style", "constant"),
+        ("--log-interval", "1"),
+        ("--eval-iters", "0"),
     ]
-    return [*flags, ("--deepspeed-activation-checkpointing",)] if x.recompute else flags
+    flags += [("--cpu-optimizer",)] if x.optimizer_offload else []
+    return [*flags, ("--checkpoint-activations",), ("--deepspeed-activation-checkpointing",)] if x.recompute else flags
+
+
+def megatron_config(plan: Plan, version: str) -> dict[str, Any]:
+    """DeepSpeed's configuration for Megatron-DeepSpeed, which brings its experts and its optimizer itself."""
+    return {key: value for key, value in config(plan, version).items() if key not in ("expert_parallel", "optimizer")}

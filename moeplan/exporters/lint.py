@@ -76,22 +76,21 @@ def lint(imported: Imported, cluster: Cluster | None = None) -> list[Finding]:
     """All findings: errors, then silent changes, then what costs time, by what it costs."""
     problem = imported.problem(cluster or _assumed(imported))
     broken = violations(problem, imported.layout)
+    ours = imported.framework.startswith("Megatron-LM")
     errors = [
         Finding(
             severity="error",
             rule=v.rule,
             message=v.reason,
-            fix=_FIXES.get(v.rule) or v.hint or "change the degrees",
+            fix=(_FIXES.get(v.rule) if ours else "") or v.hint or "change the degrees",
             **_place(imported, _FLAGS.get(v.rule, "")),
         )
         for v in broken
     ]
     run = Run(imported, problem.profile.cluster.device.capability_number or 9.0)
-    errors += [
-        Finding(severity="error", rule="pipeline-split", message=fault, fix="choose numbers that divide the layers")
-        for fault in imported.faults
-    ]
-    if not imported.framework.startswith("Megatron-LM"):  # the rest is about its flags
+    rule, fix = ("pipeline-split", "choose numbers that divide the layers") if ours else ("framework", "")
+    errors += [Finding(severity="error", rule=rule, message=fault, fix=fix) for fault in imported.faults]
+    if not ours:  # the rest is about its flags
         return errors
     errors += _rows(run, ERRORS) + list(_values(imported))
     changes = list(_words(imported)) + _rows(run, CHANGES)
@@ -158,8 +157,8 @@ def _words(imported: Imported) -> Iterator[Finding]:
             message = f"{g.flag} does nothing: {known.idle[g.flag]}"
             yield Finding(severity="change", rule="flag-idle", message=message, fix="drop it", **place)
         elif g.flag not in known.takes:
-            close = nearest(g.flag, known.takes, 1)
-            near = close[0] if close and close[0][2] == g.flag[2] else ""
+            close = nearest(g.flag[2:], [flag[2:] for flag in known.takes], 1)
+            near = f"--{close[0]}" if close and close[0][0] == g.flag[2] else ""
             yield Finding(
                 severity="error" if own else "change",
                 rule="flag-unknown",

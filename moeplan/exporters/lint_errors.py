@@ -182,4 +182,20 @@ ERRORS: tuple[Check, ...] = (
         says("saved activations are distributed only with tp > 1, full recompute and no sequence parallelism"),
         "drop the flag",
     ),
+    # What is met only when the run starts, after its model was built (megatron/training/training.py).
+    Check(
+        "eval-interval", "error", "--eval-interval",
+        lambda r: not r.number("--eval-interval") and not r.has("--skip-train", "--full-validation"),
+        lambda r: "the run stops after the model is built: it divides by --eval-interval, also where --eval-iters is 0, "
+        f"and that is {r.value('--eval-interval') or 'not given and without a default since 0.17'}",
+        "--eval-interval 1000",
+    ),
+    Check(
+        "run-length", "error", "--train-iters", lambda r: not (r.number("--train-iters") or r.number("--train-samples")),
+        says("the run stops after the model is built, as nothing says how long it is"), "--train-iters, or --train-samples",
+    ),
+    Check(
+        "learning-rate", "error", "--lr", lambda r: not r.has("--lr", "--skip-train"),
+        says("the run stops after the model is built, as the learning rate has no default"), "--lr",
+    ),
 )  # fmt: skip

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from moeplan._version import VERSION
 from moeplan.errors import ExportError
-from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, job_of, node_size, plain_name
+from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, job_of, plain_name
 from moeplan.exporters.flag_facts import check_version
-from moeplan.exporters.megatron_layout import FACTS, layout_sections, passed_flags
+from moeplan.exporters.megatron_layout import FACTS, is_megatron_script, layout_sections, passed_flags
 from moeplan.exporters.neutral import PLAN, load_export
 from moeplan.exporters.reading.imported import read_file
 from moeplan.planner.constraints import violations
@@ -33,15 +33,10 @@ def arguments(plan: Plan, version: str = MEGATRON_CORE) -> dict[str, list[Flag]]
     if broken:
         rules = "; ".join(f"{v.rule}: {v}" for v in broken)
         raise ExportError(f"Megatron-LM {version} refuses this plan: {rules}")
-    sections = write_arguments(plan, version)
+    sections = layout_sections(plan, version)
     passed = {flag[0] for flag in passed_flags(plan)[0]}  # what the user's own version takes is not ours to judge
     FACTS.check([flag for flags in sections.values() for flag in flags if flag[0] not in passed], version)
     return sections
-
-
-def write_arguments(plan: Plan, version: str = MEGATRON_CORE) -> dict[str, list[Flag]]:
-    """The flags of a plan by section, of one that breaks rules too; `ExportError` for a model that Megatron lacks."""
-    return layout_sections(plan, version)
 
 
 def environment(plan: Plan) -> dict[str, str]:
@@ -76,10 +71,9 @@ class Megatron(Exporter):
     version = FACTS.written_for
 
     def check(self, plan: Plan, version: str) -> None:
-        """Refuse a broken rule, a model that Megatron lacks, a flag that the version lacks, and a job of another size."""
+        """Refuse a broken rule, a model that Megatron lacks, and a flag that the version lacks."""
         check_version(self.title, version, self.versions)
         arguments(plan, version)
-        node_size(plan)
 
     def job(self, plan: Plan, version: str) -> Job:
         """The pretraining script with the plan's arguments."""
@@ -114,7 +108,7 @@ class Megatron(Exporter):
         x = plan.layout
         library = f", the library of the dispatcher `{x.dispatcher}`" if x.dispatcher in ("deepep", "hybridep") else ""
         rest = "are stand-ins for a benchmark run"
-        if plan.imported:
+        if is_megatron_script(plan):
             left = passed_flags(plan)[1]
             rest = f"are those of `{plan.imported.get('file', '')}`" + (f", but for {', '.join(left)}" if left else "")
         notes = [

@@ -13,7 +13,7 @@ from moeplan._version import VERSION
 from moeplan.costmodels.model import Model
 from moeplan.costmodels.model_catalog import named_model
 from moeplan.errors import ExportError, MoeplanError
-from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, job_of, node_size
+from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, job_of
 from moeplan.exporters.demands import Demand, check_demands
 from moeplan.exporters.flag_facts import check_version
 from moeplan.exporters.megatron import arguments, environment, transformer_engine
@@ -85,11 +85,10 @@ class MegatronBridge(Exporter):
     version = bridge_facts().written_for
 
     def check(self, plan: Plan, version: str) -> None:
-        """Refuse a broken rule of Megatron, a model without a recipe, and a job of another size."""
+        """Refuse a broken rule of Megatron, and a model without a recipe."""
         check_version(self.title, version, self.versions)
         check_demands(f"{self.title} {version}", DEMANDS, plan)
         overrides(plan)
-        node_size(plan)
 
     def job(self, plan: Plan, version: str) -> Job:
         """The recipe script with the overrides."""

@@ -8,6 +8,7 @@ Every degree and feature is written out, also where it equals Megatron's default
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from moeplan.costmodels.exchange import exchanges_heads
@@ -17,13 +18,14 @@ from moeplan.errors import ExportError
 from moeplan.exporters.base import Flag
 from moeplan.exporters.flag_facts import load_facts
 from moeplan.exporters.megatron_model import hybrid_pattern, model_arguments
+from moeplan.exporters.reading.flags import Flags
 from moeplan.planner.plan import Plan
 
 FACTS = load_facts("megatron")
 """What is known of Megatron's flags."""
 
 
-def layout_sections(plan: Plan, version: str) -> dict[str, list[Flag]]:
+def layout_sections(plan: Plan, version: str = FACTS.written_for) -> dict[str, list[Flag]]:
     """All flags of a plan by section, of one that breaks rules too; `ExportError` for a model that Megatron lacks."""
     return {**_decided(plan, version), **_further_sections(plan)}
 
@@ -56,8 +58,13 @@ STAND_INS: tuple[Flag, ...] = (
 
 
 def passed_flags(plan: Plan) -> tuple[list[Flag], list[str]]:
-    """Flags of the imported script that no plan decides, and those that a variable of the script leaves open."""
+    """Flags of the imported script that no plan decides, and those that a variable of the script leaves open.
+
+    Of the script of another framework only what Megatron-LM's parser knows is taken.
+    """
     texts = [*plan.imported.get("passed_through", ()), *plan.imported.get("unknown", ())]
+    if not is_megatron_script(plan):
+        texts = [text for text in texts if Flags(()).knows(text.split(" ")[0])]
     own = {flag[0] for flags in _decided(plan).values() for flag in flags}
     flags = [tuple(shlex.split(text)) for text in texts if "$" not in text]
     return [flag for flag in flags if flag and flag[0] not in own], [text for text in texts if "$" in text]
@@ -68,10 +75,29 @@ def _further_sections(plan: Plan) -> dict[str, list[Flag]]:
     if not plan.imported:
         return {"benchmark stand-ins: replace with your data and schedule": list(STAND_INS)}
     flags, missing = passed_flags(plan)
+    if not is_megatron_script(plan):
+        return {f"of {_file_name(plan)}, and stand-ins: replace with your data and schedule": [*flags, *_stand_ins(flags)]}
     if not {flag[0] for flag in flags} & {"--eval-interval", "--full-validation", "--skip-train"}:
         flags.append(("--eval-interval", "1000"))  # 0.19.2 divides by it, and has no default
     left = f"; left out, as a variable of the script gives them: {', '.join(missing)}" if missing else ""
-    return {f"from {Path(plan.imported.get('file', '')).name}, passed through{left}": flags}
+    return {f"from {_file_name(plan)}, passed through{left}": flags}
+
+
+def is_megatron_script(plan: Plan) -> bool:
+    """Whether the plan was read from a script of Megatron-LM."""
+    return bool(plan.imported) and str(plan.imported.get("framework", "Megatron-LM")).startswith("Megatron-LM")
+
+
+def _file_name(plan: Plan) -> str:
+    return " ".join(Path(plan.imported.get("file", "")).name.split())
+
+
+def _stand_ins(given: Sequence[Flag]) -> list[Flag]:
+    """Stand-ins for what the script of another framework does not say in Megatron's words."""
+    names = {flag[0] for flag in given}
+    own_data = {"--mock-data", "--tokenizer-type"} if any("data-path" in name for name in names) else set()
+    own_length = {"--train-iters"} if "--train-samples" in names else set()
+    return [flag for flag in STAND_INS if flag[0] not in names | own_data | own_length]
 
 
 def _layout_flags(plan: Plan) -> list[Flag]:
@@ -166,11 +192,12 @@ def _expert_flags(plan: Plan) -> list[Flag]:
 
 
 def _recompute_flags(plan: Plan) -> list[Flag]:
-    modules = plan.layout.recompute
+    modules, layers = plan.layout.recompute, plan.layout.recompute_layers
     if not modules:
         return []
     if modules == ("full",):
-        return [("--recompute-granularity", "full"), ("--recompute-method", "uniform"), ("--recompute-num-layers", "1")]
+        method = ("block", layers) if layers else ("uniform", "1")
+        return [("--recompute-granularity", "full"), ("--recompute-method", method[0]), ("--recompute-num-layers", method[1])]
     return [("--recompute-granularity", "selective"), ("--recompute-modules", *modules)]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from moeplan._version import VERSION
 from moeplan.costmodels.counts import parameter_count
 from moeplan.costmodels.stages import chunk_letters
-from moeplan.errors import SchemaError
+from moeplan.errors import MoeplanError, SchemaError
 from moeplan.exporters.base import Exporter, Job, Reading, node_size
 from moeplan.exporters.flag_facts import check_version
 from moeplan.exporters.preflight import expectations
@@ -103,6 +103,16 @@ def load_export(path: Path) -> dict[str, Any]:
     return dict(check_schema(data, SCHEMA, where, "export", version=VERSION, remedy="export the plan again"))
 
 
+def export_of(path: Path) -> Path:
+    """The export that a file belongs to; scripts and argument files, and files of no export, stand for themselves."""
+    if path.suffix in (".sh", ".args") or not (path.parent / PLAN).is_file():
+        return path
+    try:
+        return path.parent if path.name in load_export(path.parent / PLAN).get("files", ()) else path
+    except MoeplanError:
+        return path
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sizes:
     """The counts of a `plan.json` that must agree with its layout and cluster."""
@@ -150,7 +160,6 @@ class Neutral(Exporter):
         if version:
             check_version(self.title, version, self.versions)
         check_layout(plan.problem, plan.layout)
-        node_size(plan)
 
     def job(self, plan: Plan, version: str) -> None:
         """Nothing is run."""

@@ -32,7 +32,7 @@ def readme_text(plan: Plan, exporter: Exporter, version: str, job: Job | None, l
 
 Written by moeplan {VERSION} for {target}.
 
-- Layout: {x.degrees()}, micro-batch {x.micro_batch}, recompute {"+".join(x.recompute) or "none"}, dispatcher {x.dispatcher}
+- Layout: {x.degrees()}, micro-batch {x.micro_batch}, recompute {x.recompute_text()}, dispatcher {x.dispatcher}
 - Ranks: {x.world} on {cluster.nodes} node(s)
 - Workload: {workload.global_batch} sequences of {workload.seq_len} tokens, {workload.precision.name}, era {workload.era.name}
 - Predicted step: {format_seconds(plan.step_s)} (80 % of runs: {format_seconds(plan.low_s)} to {format_seconds(plan.high_s)})

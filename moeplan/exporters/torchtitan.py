@@ -13,7 +13,7 @@ from typing import Any
 from moeplan._version import VERSION
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.errors import ExportError
-from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, job_of, node_size
+from moeplan.exporters.base import Exporter, Flag, Job, Reading, Variable, arguments_text, job_of
 from moeplan.exporters.demands import check_demands
 from moeplan.exporters.flag_facts import check_version, load_facts
 from moeplan.exporters.reading.torchtitan import ARGUMENTS, FUNCTION, RECIPE, read_export
@@ -187,7 +187,6 @@ class TorchTitan(Exporter):
         check_version(self.title, version, self.versions)
         check_demands(f"{self.title} {version}", DEMANDS, plan)
         FACTS.check(fields(plan), version)
-        node_size(plan)
 
     def job(self, plan: Plan, version: str) -> Job:
         """The recipe on every GPU."""

@@ -151,6 +151,13 @@ DEMANDS: tuple[Demand, ...] = (
         "--pin recompute=full, or --pin recompute=none",
     ),
     Demand(
+        "recompute-layers",
+        "recompute in all layers or in none",
+        lambda plan: bool(plan.layout.recompute_layers),
+        lambda plan: f"recompute_layers '{plan.layout.recompute_layers}'",
+        "--pin recompute_layers=all",
+    ),
+    Demand(
         "precision",
         "precision bf16 with gradients and moments in fp32",
         lambda plan: plan.problem.workload.precision.name != "bf16"

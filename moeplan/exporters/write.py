@@ -20,7 +20,7 @@ from moeplan.errors import ExportError, FileError, MoeplanError, UsageError, nea
 from moeplan.exporters.base import Exporter, Job, Reading, read_arguments
 from moeplan.exporters.launchers.base import RUN_NODE, Launcher, Size, option_values
 from moeplan.exporters.launchers.kubernetes import embedded
-from moeplan.exporters.launchers.launchers import USUAL, launcher
+from moeplan.exporters.launchers.launchers import LAUNCHERS, USUAL, launcher
 from moeplan.exporters.megatron import Megatron
 from moeplan.exporters.neutral import PLAN, load_export, plan_data, plan_text
 from moeplan.exporters.preflight import PREFLIGHT, preflight_text
@@ -151,7 +151,9 @@ def _with_settings(job: Job | None, chosen: Sequence[Launcher], settings: Mappin
     options = {option.name for known in chosen for option in known.options}
     for name, value in settings.items():
         if name not in variables | options:
-            raise UsageError(f"no launcher of this export takes '{name}'", hint=nearest_hint(name, variables | options))
+            others = [known.name for known in LAUNCHERS if name in {option.name for option in known.options}]
+            hint = f"--launcher {' or '.join(others)} takes it" if others else nearest_hint(name, variables | options)
+            raise UsageError(f"no launcher of this export takes '{name}'", hint=hint if job else "leave --set out")
         if name in variables and not re.fullmatch(_PLAIN, value):
             raise UsageError(f"{name}='{value}' is not a plain path", hint="leave out blanks, quotes and brackets")
     if job is None:
@@ -168,10 +170,12 @@ def _check_arguments(job: Job, texts: Mapping[str, str]) -> None:
 
 def _check_place(directory: Path, force: bool) -> None:
     """Refuse a directory that holds anything, but for a whole older export that is to be replaced."""
+    if os.path.islink(directory):
+        raise FileError(f"'{directory}' is a link, not a directory", hint="choose another directory, or that which it names")
     if not os.path.lexists(directory) or (os.path.isdir(directory) and not os.listdir(directory)):
         return
     older = directory / PLAN
-    if not (os.path.isdir(directory) and not directory.is_symlink() and older.is_file()):
+    if not (os.path.isdir(directory) and older.is_file()):
         raise FileError(f"'{directory}' exists and is not an empty directory", hint="choose another directory")
     try:
         listed = {str(name) for name in load_export(older).get("files", ())}

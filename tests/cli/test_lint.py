@@ -23,7 +23,8 @@ def test_errors_end_in_one(moeplan: Moeplan, tmp_path: Path) -> None:
 
 
 def test_json(moeplan: Moeplan) -> None:
-    done = moeplan("lint", SAMPLES / "qwen3_moe.sh", "--cluster", "h100x32", "--json", "--", "4", "256")
+    more = ["--add", "--eval-interval 1000", "--", "4", "256"]
+    done = moeplan("lint", SAMPLES / "qwen3_moe.sh", "--cluster", "h100x32", "--json", *more)
     data = json.loads(done.out)
     assert done.code == 0 and data["counts"]["error"] == 0
     dispatcher = next(f for f in data["findings"] if f["rule"] == "dispatcher")
@@ -34,3 +35,13 @@ def test_json(moeplan: Moeplan) -> None:
 def test_what_cannot_be_read_is_an_error(moeplan: Moeplan, tmp_path: Path) -> None:
     (tmp_path / "run.sh").write_text("echo nothing\n")
     assert moeplan("lint", tmp_path / "run.sh").code == 1
+
+
+def test_of_megatron_deepspeed_only_the_layout_is_judged(moeplan: Moeplan) -> None:
+    done = moeplan("lint", SAMPLES / "dense_pipeline_zero.sh", "--cluster", "h100x32")
+    assert done.code == 0 and "the flags of Megatron-DeepSpeed are not" in done.err and "0 errors" in done.out
+
+
+def test_megatron_deepspeed_without_its_number_of_gpus(moeplan: Moeplan) -> None:
+    done = moeplan("import", SAMPLES / "moe_gpt_1.3b.sh")
+    assert done.code == 1 and "--hostfile" in done.err and "--gpus N" in done.err

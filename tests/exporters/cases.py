@@ -12,7 +12,8 @@ from moeplan.costmodels.model import Layer, Mlp, Model
 from moeplan.costmodels.model_catalog import load_model
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.costmodels.workload import Workload, load_era, load_precision
-from moeplan.exporters.megatron import environment, transformer_engine, write_arguments
+from moeplan.exporters.megatron import environment, transformer_engine
+from moeplan.exporters.megatron_layout import layout_sections
 from moeplan.planner.plan import Plan
 from moeplan.planner.problem import Problem
 from moeplan.profiles.hardware import load_cluster
@@ -75,7 +76,7 @@ def judged(problem: Problem, layout: Layout, *, build: bool = False) -> megatron
     """What Megatron says to what the exporter would write for a layout, whether or not our rules accept it."""
     plan = unpriced(problem, layout)
     return megatron.accept(
-        words(write_arguments(plan)),
+        words(layout_sections(plan)),
         world=problem.profile.cluster.gpus,
         environment=environment(plan),
         capability=capability(problem),

@@ -12,7 +12,7 @@ from moeplan.costmodels.model import Attention, Layer, Model, Moe
 from moeplan.costmodels.model_catalog import load_model
 from moeplan.planner.plan import price_plan
 from tests import megatron
-from tests.exporters.cases import environment, layout_of, problem_of, unpriced, words, write_arguments
+from tests.exporters.cases import environment, layout_of, layout_sections, problem_of, unpriced, words
 
 SEQ_LEN = 4096
 
@@ -21,7 +21,7 @@ def megatrons_flops(model: Model, *extra: str) -> float:
     """FLOP of a token as Megatron reports them."""
     problem = problem_of(model, "h100x8", 8, SEQ_LEN)
     plan = unpriced(problem, layout_of(model, 8))
-    flops, _ = megatron.estimates([*words(write_arguments(plan)), *extra], 8, environment=environment(plan))
+    flops, _ = megatron.estimates([*words(layout_sections(plan)), *extra], 8, environment=environment(plan))
     return flops / problem.workload.tokens
 
 
@@ -88,5 +88,5 @@ def test_bytes_of_states(name: str, cluster: str, fields: dict[str, Any], ratio:
     world = problem.profile.cluster.gpus
     plan = price_plan(problem, layout_of(problem.model, world, **fields))
     ours = max(sum(stage.parts[part] for part in ("weights", "gradients", "optimizer states")) for stage in plan.stages)
-    _, theirs = megatron.estimates(words(write_arguments(plan)), world, environment=environment(plan))
+    _, theirs = megatron.estimates(words(layout_sections(plan)), world, environment=environment(plan))
     assert ours / theirs == pytest.approx(ratio, abs=2e-4 if ratio == 1.0 else 1e-3), why

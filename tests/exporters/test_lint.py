@@ -21,7 +21,7 @@ COMMON = (
     "--vocab-size 32000 --swiglu --normalization RMSNorm --disable-bias-linear --bf16 --use-distributed-optimizer "
     "--overlap-grad-reduce "
     "--overlap-param-gather --accumulate-allreduce-grads-in-fp32 --cross-entropy-loss-fusion --hidden-dropout 0.0 "
-    "--attention-dropout 0.0 --lr 1e-4 --train-iters 10 --mock-data --tokenizer-type NullTokenizer"
+    "--attention-dropout 0.0 --lr 1e-4 --train-iters 10 --eval-interval 1000 --mock-data --tokenizer-type NullTokenizer"
 )
 EXPERTS = (
     COMMON + " --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 1024 --expert-model-parallel-size 4 "
@@ -112,8 +112,33 @@ def test_megatron_refuses_what_is_an_error(rule: str, model: str, breaks: str, m
         assert rules(found(tmp_path, f"{flags} {mends}"), "error") == []
 
 
+STOPPED: list[tuple[str, str, str]] = [  # rule, flags, what makes up for it
+    ("eval-interval", COMMON.replace("--eval-interval 1000", ""), "--eval-interval 1000"),
+    ("eval-interval", COMMON.replace("--eval-interval 1000", "--eval-iters 0"), "--full-validation"),
+    ("eval-interval", COMMON + " --eval-interval 0", "--skip-train"),
+    ("run-length", COMMON.replace("--train-iters 10", ""), "--train-samples 640"),
+    ("learning-rate", COMMON.replace("--lr 1e-4", ""), "--lr 1e-4"),
+    ("learning-rate", COMMON.replace("--lr 1e-4", ""), "--skip-train"),
+]
+
+
+@pytest.mark.parametrize(("rule", "flags", "mends"), STOPPED)
+def test_a_run_that_stops_once_its_model_is_built(rule: str, flags: str, mends: str, tmp_path: Path) -> None:
+    assert rules(found(tmp_path, flags), "error") == [rule]
+    assert verdict(flags).accepted and megatron.start(shlex.split(flags), WORLD)
+    assert rules(found(tmp_path, f"{flags} {mends}"), "error") == []
+    assert megatron.start(shlex.split(f"{flags} {mends}"), WORLD) == ""
+
+
 def test_every_row_of_errors_was_held_against_megatron() -> None:
-    assert {check.rule for check in ERRORS} <= {row[0] for row in BROKEN} | {"device-connections"}
+    assert {check.rule for check in ERRORS} <= {row[0] for row in (*BROKEN, *STOPPED)} | {"device-connections"}
+
+
+def test_fp8_with_weights_in_bf16_needs_no_sharded_optimizer(tmp_path: Path) -> None:
+    flags = COMMON.replace("--use-distributed-optimizer", "").replace("--overlap-param-gather", "") + " --fp8-format hybrid"
+    assert rules(found(tmp_path, flags), "error") == [] and verdict(flags).accepted
+    assert "quantized-ddp" in rules(found(tmp_path, f"{flags} --fp8-param-gather"), "error")
+    assert not verdict(f"{flags} --fp8-param-gather").accepted
 
 
 def test_the_environment_that_tensor_parallelism_needs(tmp_path: Path) -> None:
@@ -241,10 +266,10 @@ def test_unknown_flags_of_a_program_of_ones_own_are_no_errors(tmp_path: Path) ->
     ("name", "how", "errors"),
     [
         ("mixtral_8x7b.sh", {}, []),
-        ("deepseek_v3.slurm", {}, []),
+        ("deepseek_v3.slurm", {}, ["eval-interval"]),
         ("gpt3_175b.sbatch", {}, []),
-        ("llama3_8b_mi300.sh", {}, ["flag-gone"]),
-        ("qwen3_moe.sh", {"positional": ["4", "256"]}, []),
+        ("llama3_8b_mi300.sh", {}, ["eval-interval", "flag-gone"]),
+        ("qwen3_moe.sh", {"positional": ["4", "256"]}, ["eval-interval"]),
     ],
 )
 def test_samples(name: str, how: dict[str, list[str]], errors: list[str]) -> None:

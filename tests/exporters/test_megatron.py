@@ -10,15 +10,14 @@ import pytest
 
 from moeplan.costmodels.model_catalog import load_model
 from moeplan.errors import ExportError, UsageError
-from moeplan.exporters import megatron
 from moeplan.exporters.base import Flag
 from moeplan.exporters.megatron import MEGATRON_CORE, Megatron, arguments, environment
-from moeplan.exporters.megatron_layout import FACTS
+from moeplan.exporters.megatron_layout import FACTS, layout_sections
 from moeplan.exporters.readme import README
 from moeplan.exporters.write import export
 from moeplan.planner.plan import Plan, load_plan, price_plan
 from moeplan.planner.solve import solve
-from tests.exporters.cases import layout_of, problem_of, small_models, unpriced, words
+from tests.exporters.cases import judged, layout_of, problem_of, small_models, unpriced, words
 from tests.exporters.random_layouts import random_case
 
 # The flags of every export that plans do not decide.
@@ -45,7 +44,7 @@ def test_every_degree_is_written_out() -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_every_flag_is_in_the_catalog_once(seed: int) -> None:
-    sections = megatron.write_arguments(unpriced(*random_case(seed)))
+    sections = layout_sections(unpriced(*random_case(seed)))
     given = [flag for flags in sections.values() for flag in flags]
     names = [flag[0] for flag in given]
     assert len(set(names)) == len(names)
@@ -211,3 +210,15 @@ def test_the_job_is_one_process() -> None:
     assert job.requirements == ("torch>=2.4", "megatron-core==0.19.*", "transformer-engine>=2.8")
     older = exporter.job(plan_of("hybrid", "a100x16", pp=2, stages="Et*5|t*7L"), "0.17.0")
     assert older.variables[1].default == "$MEGATRON_LM/pretrain_mamba.py" and "megatron-core==0.17.*" in older.requirements
+
+
+def test_recompute_of_some_layers_is_megatrons_block() -> None:
+    case = problem_of("qwen3-30b-a3b", "h100x16", 64, 4096)
+    layout = layout_of(case.model, 16, pp=2, ep=8, recompute=("full",), recompute_layers="3")
+    assert layout_sections(unpriced(case, layout))["recompute and CUDA graphs"][:3] == [
+        ("--recompute-granularity", "full"),
+        ("--recompute-method", "block"),
+        ("--recompute-num-layers", "3"),
+    ]
+    verdict = judged(case, layout)
+    assert verdict.accepted, verdict

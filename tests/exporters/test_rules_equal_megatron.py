@@ -170,6 +170,7 @@ BEYOND: list[tuple[str, Beyond, str, str, Fields, Fields]] = [
     ("overlap-era", _always, "experts", "h100x8", OVERLAP, {"era": "te-2024"}),
     ("shared-overlap", _without_shared_experts, "experts", "h100x8", SHARED, {}),
     ("shared-era", _always, "shared experts", "h100x8", SHARED, {"era": "te-2024"}),
+    ("recompute-layers", _always, "dense", "h100x8", {"recompute": ("full",), "recompute_layers": "99"}, {}),
 ]  # fmt: skip
 
 
@@ -202,6 +203,8 @@ ACCEPTED: list[tuple[str, str, Fields, Fields]] = [
     ("hybrid with dense", "h100x8", {"cuda_graphs": ("attn", "mamba")}, {}),
     ("hybrid", "h100x16", {"tp": 2, "cp": 8}, {}),
     ("dense", "h100x8", {"pp": 2, "stages": "E,t*3|(t,)*1t*8L"}, {}),
+    ("dense", "h100x8", {"pp": 2, "recompute": ("full",), "recompute_layers": "2"}, {}),
+    ("experts", "h100x8", {"recompute": ("full",), "recompute_layers": "1"}, {}),
 ]
 
 

@@ -116,11 +116,14 @@ def test_force_replaces_nothing_else(what: str, spoil: Callable[[Path], object],
     assert contents(tmp_path) == before
 
 
-def test_force_does_not_follow_a_link(tmp_path: Path) -> None:
+def test_links_are_not_followed(tmp_path: Path) -> None:
     export(plan_of(), tmp_path / "launch")
-    (tmp_path / "link").symlink_to(tmp_path / "launch")
-    with pytest.raises(FileError, match="is not an empty directory"):
-        export(plan_of(tp=2), tmp_path / "link", force=True)
+    (tmp_path / "empty").mkdir()
+    for name in ("launch", "empty", "nowhere"):
+        (tmp_path / f"to-{name}").symlink_to(tmp_path / name)
+        with pytest.raises(FileError, match=f"to-{name}' is a link, not a directory"):
+            export(plan_of(tp=2), tmp_path / f"to-{name}", force=True)
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def fail(*_: object, **__: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ MODEL = "config.json"
 """Name of the model's configuration."""
 ARGUMENTS = "deepspeed.args"
 """Name of the argument file."""
-_SHARDINGS = {0: "ddp", 1: "optimizer", 2: "optimizer", 3: "fsdp"}
+SHARDINGS = {0: "ddp", 1: "optimizer", 2: "optimizer", 3: "fsdp"}
+"""Sharding of a ZeRO stage."""
 
 
 class Section:
@@ -39,11 +41,15 @@ class Section:
             raise SchemaError(f"{where}: expected a JSON object")
         self.data, self.where = data, where
         self.asked: set[str] = set()
+        self.sections: dict[str, Section] = {}
 
     def section(self, key: str) -> Section:
         """The object of a key; an empty one where it is absent."""
         self.asked.add(key)
-        return Section(self.data.get(key, {}), f"{self.where}, key '{key}'")
+        if key not in self.sections:
+            data = self.data.get(key)
+            self.sections[key] = Section({} if data is None else data, f"{self.where}, key '{key}'")
+        return self.sections[key]
 
     def count(self, key: str, default: int | None = None) -> int | None:
         """A whole number of at least 0."""
@@ -72,12 +78,45 @@ class Section:
         return value or default
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Zero:
+    """What DeepSpeed's JSON says of sharding, offload and gradients."""
+
+    stage: int
+    overlap: bool
+    offload: float
+    """Share of the optimizer states in host memory."""
+    gradient_bytes: int
+
+
 def load_json(path: Path) -> Any:
     """Contents of a JSON file."""
+    return parse_json(read_text(path, "configuration"), f"configuration '{path}'")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """What a JSON text holds."""
     try:
-        return json.loads(read_text(path, "configuration"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SchemaError(f"configuration '{path}' is not JSON: {error}") from None
+        raise SchemaError(f"{where} is not JSON: {error}") from None
+
+
+def read_zero(top: Section, remarks: list[str], stage: int = 0) -> Zero:
+    """The sections on ZeRO and on number formats; `stage` is the one where the JSON names none."""
+    zero = top.section("zero_optimization")
+    stage = found if (found := zero.count("stage")) is not None else stage
+    if stage not in SHARDINGS:
+        raise SchemaError(f"{top.where}: ZeRO stage {stage} is none of {', '.join(map(str, SHARDINGS))}")
+    if stage == 2:
+        remarks.append("ZeRO 2 is priced as ZeRO 1: gradients are counted whole")
+    offload = zero.section("offload_optimizer").text("device", "none") != "none" or zero.switch("cpu_offload")
+    return Zero(
+        stage=stage,
+        overlap=zero.switch("overlap_comm", default=stage == 3),
+        offload=float(offload),
+        gradient_bytes=4 if top.section("data_types").text("grad_accum_dtype", "bf16") == "fp32" else 2,
+    )
 
 
 def read_settings(
@@ -85,15 +124,9 @@ def read_settings(
 ) -> tuple[Workload, Layout]:
     """Workload and layout of DeepSpeed's configuration; `world` overrides what its batch sizes say."""
     top = Section(data, where)
-    zero, experts = top.section("zero_optimization"), top.section("expert_parallel")
+    zero, experts = read_zero(top, remarks), top.section("expert_parallel")
     tp = top.section("tensor_parallel").count("autotp_size", 1) or 1
     micro, batch, dp = _batches(top, world // tp if world else None)
-    stage = zero.count("stage", 0) or 0
-    if stage not in _SHARDINGS:
-        raise SchemaError(f"{where}: ZeRO stage {stage} is none of {', '.join(map(str, _SHARDINGS))}")
-    if stage == 2:
-        remarks.append("ZeRO 2 is priced as ZeRO 1: gradients are counted whole")
-    offload = zero.section("offload_optimizer")
     ep = (experts.count("autoep_size", 1) or 1) if experts.switch("enabled") else 1
     if (tp * dp) % ep:
         raise LayoutError(f"autoep_size = {ep} does not divide the {tp * dp} ranks", hint="take a divisor of them")
@@ -105,11 +138,11 @@ def read_settings(
         ep=ep,
         edp=tp * dp // ep,
         micro_batch=micro,
-        sharding=_SHARDINGS[stage],  # type: ignore[arg-type]
+        sharding=SHARDINGS[zero.stage],  # type: ignore[arg-type]
         dispatcher=_dispatcher(model, experts),  # type: ignore[arg-type]
-        dp_overlap=zero.switch("overlap_comm", default=stage == 3),
+        dp_overlap=zero.overlap,
         recompute=("full",) if "activation_checkpointing" in top.data else (),
-        optimizer_offload=float(offload.text("device", "none") != "none"),
+        optimizer_offload=zero.offload,
     )
     if not top.section("bf16").switch("enabled"):
         remarks.append("training without bf16 is priced as bf16")
@@ -118,7 +151,7 @@ def read_settings(
         global_batch=batch,
         precision=load_precision("bf16"),
         era=load_era(era),
-        gradient_bytes=4 if top.section("data_types").text("grad_accum_dtype", "bf16") == "fp32" else 2,
+        gradient_bytes=zero.gradient_bytes,
     )
     return workload, layout
 

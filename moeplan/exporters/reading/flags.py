@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moeplan.errors import FileError
+from moeplan.exporters.megatron_deepspeed_facts import dialect
 from moeplan.exporters.reading.words import is_unset, shown, unknowns
 from moeplan.records import load_yaml
 
 _FOLDER = Path(__file__).parent.parent / "flags"
-_MOST = 10**12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,8 @@ class Catalog:
     """Flags by their names in the argument dump of a log, where these differ."""
     dumped_false: Mapping[str, str]
     """Flags by the names that are False in a dump where the flag was given."""
+    planned: frozenset[str]
+    """Flags that a plan decides."""
     version: str
     """Version of Megatron-Core whose parser it is."""
 
@@ -52,6 +55,7 @@ def catalog() -> Catalog:
         idle=parser["idle"],
         dumped=parser["dumped"],
         dumped_false=parser["dumped_false"],
+        planned=frozenset(planned["flags"]),
         version=parser["written_for"],
     )
 
@@ -66,7 +70,14 @@ class Given:
     """Line of the file; 0: not known."""
 
     def __str__(self) -> str:
-        return " ".join([self.flag, *map(shown, self.values)])
+        return " ".join([self.flag, *map(_spelled, self.values)])
+
+
+def _spelled(value: str) -> str:
+    """A value in quotes where a shell would not read it back as it is; what is not known stays a variable."""
+    text = shown(value)
+    plain = "$" in text or not re.search(r"""[\s'"\\]""", text) and text
+    return text if plain else shlex.quote(text)
 
 
 @dataclass(slots=True)
@@ -93,6 +104,10 @@ class Flags:
         self.asked.update(flags)
         return next((self.last[f] for f in flags if f in self.last), None)
 
+    def knows(self, flag: str) -> bool:
+        """Whether the framework's parser has a flag."""
+        return flag in catalog().takes and flag not in catalog().gone
+
     def has(self, *flags: str) -> bool:
         """Whether one of `flags` was given."""
         return self.find(*flags) is not None
@@ -102,6 +117,8 @@ class Flags:
         found = self.find(*flags)
         if found is None:
             return ()
+        if not found.values and catalog().takes.get(found.flag) == "value":
+            raise FileError(f"{found.flag} has no value", hint="Megatron refuses it too")
         for value in found.values:
             for name in unknowns(value):
                 self.unresolved.setdefault(name, f"{found.flag}{f' in line {found.line}' if found.line else ''}")
@@ -120,18 +137,20 @@ class Flags:
         """The value of a flag that always has one."""
         return self.text(*flags, default=default) or default
 
-    def number(self, *flags: str) -> int | None:
+    def number(self, *flags: str, least: int = 0) -> int | None:
         """The value of a flag as a whole number, None where it was not given; a value that is none is an error."""
         value = self.text(*flags)
         if value is None:
             return None
-        if not re.fullmatch(r"[+-]?\d+", value) or abs(int(value)) > _MOST:
+        if not re.fullmatch(r"[+-]?\d{1,12}", value):
             raise FileError(f"{self.find(*flags)}: a whole number is needed", hint="Megatron refuses it too")
+        if int(value) < least:
+            raise FileError(f"{self.find(*flags)}: a whole number of at least {least} is needed")
         return int(value)
 
-    def count(self, *flags: str, default: int) -> int:
+    def count(self, *flags: str, default: int, least: int = 0) -> int:
         """A whole number that always has a value; a default counts as needed."""
-        found = self.number(*flags)
+        found = self.number(*flags, least=least)
         if found is not None:
             return found
         if not self.has(*flags):
@@ -150,8 +169,11 @@ class Flags:
 
 
 def split_words(words: Iterable[str]) -> Flags:
-    """The flags of a command line; a known flag takes what Megatron's parser lets it take."""
+    """The flags of a command line; a known flag takes what the parser of Megatron-LM or Megatron-DeepSpeed lets it take."""
+    words = list(words)
     takes = catalog().takes
+    if not set(dialect().signs).isdisjoint(word.partition("=")[0] for word in words):
+        takes = {**takes, **dialect().kinds}
     given: list[Given] = []
     stray: list[str] = []
     dropped: list[str] = []

@@ -139,7 +139,7 @@ def _bridge(
             raise FileError(f"'{path}' starts no run_recipe.py that can be followed")
         words, world = list(launches[-1].words), gpus or launches[-1].world
     else:
-        words = [word for line in text.splitlines() for word in shlex.split(line, comments=True) if "export" not in line]
+        words = [word for n, line in enumerate(text.splitlines(), 1) for word in _line_words(line, f"'{path}', line {n}")]
     recipe, found = bridge.read_words([*words, *add])
     if world is None:
         raise FileError(f"'{path}' does not say on how many GPUs it runs", hint="say it with --gpus N")
@@ -156,6 +156,14 @@ def _bridge(
     unknown = [Given(key, (value,)) for key, value in found.items() if key not in known]
     title = f"Megatron-Bridge {facts.written_for}"
     return _imported(path, "overrides", title, parts, remarks, unknown, faults)
+
+
+def _line_words(line: str, where: str) -> list[str]:
+    """Words of a line of overrides; none of one that sets a variable."""
+    try:
+        return [] if "export" in line else shlex.split(line, comments=True)
+    except ValueError as error:
+        raise SchemaError(f"{where}: {str(error).lower()}", hint="close the quotes") from None
 
 
 def _imported(

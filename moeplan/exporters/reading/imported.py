@@ -15,6 +15,9 @@ from moeplan.costmodels.layout import Layout
 from moeplan.costmodels.model import Model
 from moeplan.costmodels.workload import Workload
 from moeplan.errors import FileError, MoeplanError
+from moeplan.exporters.neutral import export_of
+from moeplan.exporters.reading import megatron_deepspeed
+from moeplan.exporters.reading.dialect import Spoken
 from moeplan.exporters.reading.flags import Flags, Given, catalog, split_words
 from moeplan.exporters.reading.megatron_architecture import read_model
 from moeplan.exporters.reading.megatron_layout import read_global_batch, read_layout, read_sequence, read_workload
@@ -65,17 +68,14 @@ class Imported:
     @property
     def unknown(self) -> list[Given]:
         """Flags that the framework's parser does not know and that were not understood otherwise."""
-        known = catalog()
-        own = [g for g in self.flags.last.values() if g.flag not in known.takes or g.flag in known.gone]
-        return [g for g in own if g.flag not in self.flags.asked]
+        return [g for g in self.flags.last.values() if not self.flags.knows(g.flag) and g.flag not in self.flags.asked]
 
     @property
     def passed(self) -> list[Given]:
         """Flags that the parser knows and that change neither model nor layout."""
         if self.kind == "log":
             return []
-        known = {flag for flag in catalog().takes if flag not in catalog().gone}
-        return [g for g in self.flags.last.values() if g.flag in known and g.flag not in self.flags.asked]
+        return [g for g in self.flags.last.values() if self.flags.knows(g.flag) and g.flag not in self.flags.asked]
 
     def problem(self, cluster: Cluster) -> Problem:
         """The question whose answer the layout is meant to be."""
@@ -118,6 +118,7 @@ def read_file(
     """
     from moeplan.exporters.reading.frameworks import read_other  # which makes what stands in this module
 
+    path = export_of(path)
     found = read_other(path, settings=settings or {}, positional=positional, add=add, gpus=gpus or otherwise_gpus, era=era)
     if found is not None:
         return found
@@ -129,7 +130,12 @@ def read_file(
     remarks = [*source.remarks, *_repeated(flags)]
     world = _world(source, path, gpus, otherwise_gpus, remarks)
     faults: list[str] = []
+    framework = f"Megatron-LM {catalog().version}"
     try:
+        if megatron_deepspeed.speaks(flags):
+            framework = megatron_deepspeed.FRAMEWORK
+            flags = Spoken(flags.given, flags.stray, flags.dropped)
+            world = megatron_deepspeed.translate(flags, world, source.files, path.parent, remarks, faults)
         model, workload, layout = _read(flags, world or 1, path.stem, era, remarks, faults)
     except MoeplanError:
         _refuse_unresolved(flags, source, path, needs_world=world is None)
@@ -143,7 +149,7 @@ def read_file(
     return Imported(
         path=str(path),
         kind=source.kind,
-        framework=f"Megatron-LM {catalog().version}",
+        framework=framework,
         program=source.program,
         model=model,
         workload=workload,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moeplan.costmodels.hf_config import read_config
+from moeplan.costmodels.hf_config import MOST_LAYERS, read_config
 from moeplan.costmodels.model import Model
 from moeplan.costmodels.model_catalog import MODELS, named_model
 from moeplan.errors import ExportError, ModelError
@@ -112,9 +112,11 @@ def _vocabulary(flags: Flags) -> int | None:
 
 def _tokenizer_vocabulary(flags: Flags) -> int | None:
     kind = flags.text("--tokenizer-type") or ""
+    path = "" if kind in _TOKENIZERS else flags.text("--tokenizer-model") or ""
+    flags.asked -= {"--tokenizer-type", "--tokenizer-model"}  # the model keeps their vocabulary only: they are passed on
     if kind in _TOKENIZERS:
         return _TOKENIZERS[kind]
-    for part in (flags.text("--tokenizer-model") or "").split("/"):
+    for part in path.split("/"):
         published = named_model(part) if part else None
         if published is not None:
             return published.vocab
@@ -126,7 +128,7 @@ def _tokenizer_vocabulary(flags: Flags) -> int | None:
 
 def _config(flags: Flags, remarks: list[str]) -> dict[str, Any]:
     hybrid = flags.text("--hybrid-layer-pattern", "--hybrid-override-pattern")
-    layers = flags.number("--num-layers", "--encoder-num-layers")
+    layers = flags.number("--num-layers", "--encoder-num-layers", least=0 if hybrid else 1)
     missing = [f for f in SIZE_FLAGS if not flags.has(f) and not (f == "--num-layers" and (hybrid or layers))]
     if missing:
         from_checkpoint = flags.has("--use-checkpoint-args")
@@ -136,7 +138,7 @@ def _config(flags: Flags, remarks: list[str]) -> dict[str, Any]:
             if from_checkpoint
             else "a training command of Megatron-LM has them",
         )
-    hidden = flags.count("--hidden-size", default=1)
+    hidden = flags.count("--hidden-size", default=1, least=1)
     config: dict[str, Any] = {"model_type": "megatron", "hidden_size": hidden}
     if hybrid:
         config |= _pattern(hybrid, flags)
@@ -144,6 +146,9 @@ def _config(flags: Flags, remarks: list[str]) -> dict[str, Any]:
         config["num_layers"] = layers or 1
         if depth := flags.number("--mtp-num-layers"):
             config["mtp_num_layers"] = depth
+        for flag, number in (("--num-layers", config["num_layers"]), ("--mtp-num-layers", depth or 0)):
+            if number > MOST_LAYERS:
+                raise ModelError(f"{flag} {number} is more than the {MOST_LAYERS} that can be read")
     if flags.has("--mtp-use-repeated-layer"):
         config["mtp_use_repeated_layer"] = True
     bias = not flags.has("--disable-bias-linear")
@@ -181,16 +186,16 @@ def _pattern(text: str, flags: Flags) -> dict[str, Any]:
 
 
 def _attention(flags: Flags, hidden: int, count: int, remarks: list[str]) -> dict[str, Any]:
-    heads = flags.count("--num-attention-heads", default=1)
+    heads = flags.count("--num-attention-heads", default=1, least=1)
     groups = flags.number("--num-query-groups")
     if flags.has("--group-query-attention"):
-        groups = groups or flags.count("--num-query-groups", default=1)
+        groups = flags.count("--num-query-groups", default=1, least=1)
     else:
         groups = heads
     config: dict[str, Any] = {
         "num_attention_heads": heads,
         "num_query_groups": groups,
-        "kv_channels": flags.number("--kv-channels") or hidden // heads or 1,
+        "kv_channels": flags.number("--kv-channels", least=1) or hidden // heads or 1,
         "qk_layernorm": flags.has("--qk-layernorm"),
         "attention_output_gate": flags.has("--attention-output-gate"),
     }
@@ -268,7 +273,7 @@ def _mamba(flags: Flags, pattern: str) -> dict[str, Any]:
     if "M" not in pattern:
         return {}
     inner = 2 * flags.count("--hidden-size", default=1)
-    head_dim = flags.count("--mamba-head-dim", default=64)
+    head_dim = flags.count("--mamba-head-dim", default=64, least=1)
     return {
         "mamba_head_dim": head_dim,
         "mamba_num_heads": flags.number("--mamba-num-heads") or inner // head_dim,
@@ -330,12 +335,9 @@ def _experts(flags: Flags, width: int, count: int) -> dict[str, Any]:
     if not flags.has("--hybrid-layer-pattern", "--hybrid-override-pattern"):
         frequency = _list(flags, "--moe-layer-freq", count, lambda n: [int(i % n == 0) for i in range(count)])
         config["moe_layer_freq"] = frequency or [1] * count
-    for flag in (
-        "--moe-shared-expert-intermediate-size",
-        "--moe-latent-size",
-        "--moe-router-num-groups",
-        "--moe-router-group-topk",
-    ):
+    grouped = ("--moe-router-num-groups", "--moe-router-group-topk")
+    sizes = ("--moe-shared-expert-intermediate-size", "--moe-latent-size")
+    for flag in (*sizes, *(grouped if all(flags.number(flag) for flag in grouped) else ())):
         if number := flags.number(flag):
             config[flag.removeprefix("--").replace("-", "_")] = number
     config["moe_router_topk_scaling_factor"] = flags.real("--moe-router-topk-scaling-factor", default=1.0)

@@ -6,12 +6,14 @@ Defaults are those of megatron-core 0.19.2. What a layout cannot say is read as 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from moeplan.costmodels.hf_config import MOST_LAYERS
 from moeplan.costmodels.layout import GRAPH_SCOPES, RECOMPUTE_MODULES, Layout
 from moeplan.costmodels.model import Mlp, Model
 from moeplan.costmodels.stages import chunk_letters, format_split, parse_split
-from moeplan.costmodels.workload import Precision, Workload, load_era, load_precision
+from moeplan.costmodels.workload import KEPT, Precision, Workload, load_era, load_precision
 from moeplan.errors import LayoutError, ModelError
 from moeplan.exporters.reading.flags import Flags
 
@@ -22,7 +24,7 @@ _BACKENDS = {"deepep": "deepep", "hybridep": "hybridep"}
 
 def read_sequence(flags: Flags) -> int:
     """Tokens of a sequence."""
-    found = flags.number("--seq-length", "--encoder-seq-length")
+    found = flags.number("--seq-length", "--encoder-seq-length", least=1)
     if found is None and not flags.has("--seq-length", "--encoder-seq-length"):
         raise ModelError("the arguments have no --seq-length", hint="a training command of Megatron-LM has it")
     return found or 1
@@ -70,7 +72,7 @@ def read_global_batch(flags: Flags, dp: int, remarks: list[str]) -> int:
 
 def read_micro_batch(flags: Flags) -> int:
     """Sequences of a micro-batch."""
-    found = flags.number("--micro-batch-size")
+    found = flags.number("--micro-batch-size", least=1)
     if found is None and not flags.has("--micro-batch-size"):
         raise ModelError("the arguments have no --micro-batch-size", hint="a training command of Megatron-LM has it")
     return found or 1
@@ -85,6 +87,7 @@ def _precision(flags: Flags, remarks: list[str]) -> Precision:
         flags.find("--fp8-amax-compute-algo"),
         flags.find("--reuse-grad-buf-for-mxfp8-param-ag"),
     )
+    flags.find("--fp16")
     if not flags.has("--bf16"):
         remarks.append(f"{'--fp16' if flags.has('--fp16') else 'training in fp32 (no --bf16)'} is priced as bf16")
     if flags.has("--fp4-format"):
@@ -99,11 +102,10 @@ def _precision(flags: Flags, remarks: list[str]) -> Precision:
     name = _RECIPES.get(recipe or "delayed")
     if name is None:
         remarks.append(f"--fp8-recipe {recipe} is priced as blockwise")
-    if not flags.has("--fp8-param-gather"):
-        remarks.append("without --fp8-param-gather weights stay in bf16; they are priced in FP8, so memory is under-estimated")
+    kept = "" if flags.has("--fp8-param-gather") else KEPT
     if flags.has("--first-last-layers-bf16"):
         remarks.append("--first-last-layers-bf16: all layers are priced in FP8")
-    return load_precision(name or "fp8-blockwise")
+    return load_precision((name or "fp8-blockwise") + kept)
 
 
 def read_layout(flags: Flags, model: Model, world: int, remarks: list[str], faults: list[str]) -> Layout:
@@ -132,6 +134,8 @@ def read_layout(flags: Flags, model: Model, world: int, remarks: list[str], faul
     if flags.has("--use-tp-pp-dp-mapping"):
         remarks.append("--use-tp-pp-dp-mapping: ranks are priced in Megatron's default order")
     vpp, stages = read_split(flags, model, pp, faults)
+    if pp * vpp > MOST_LAYERS:
+        raise LayoutError(f"pp*vpp = {pp}*{vpp} chunks are more than the {MOST_LAYERS} layers that can be read")
     return Layout(
         tp=tp,
         cp=cp,
@@ -146,7 +150,7 @@ def read_layout(flags: Flags, model: Model, world: int, remarks: list[str], faul
         stages=stages,
         **_sharding(flags, remarks),
         **_experts(flags, model, remarks),
-        recompute=_recompute(flags, model, remarks),
+        **_recompute(flags, model, [chunk.count("t") for chunk in chunk_letters(model, pp, vpp, stages)], remarks),
         tp_overlap=flags.has("--tp-comm-overlap"),
         cuda_graphs=_graphs(flags, model, remarks),
         optimizer_offload=_offload(flags),
@@ -290,18 +294,21 @@ def _experts(flags: Flags, model: Model, remarks: list[str]) -> dict[str, Any]:
     }
 
 
-def _recompute(flags: Flags, model: Model, remarks: list[str]) -> tuple[str, ...]:
+def _recompute(flags: Flags, model: Model, layers: Sequence[int], remarks: list[str]) -> dict[str, Any]:
+    """What is recomputed, and in how many layers of each chunk; `layers`: what chunks hold."""
     kind = flags.text("--recompute-granularity")
     if flags.has("--recompute-activations"):
         kind = "selective"
     modules = flags.values("--recompute-modules")
     method, number = flags.text("--recompute-method"), flags.number("--recompute-num-layers")
     if kind == "full":
-        if method == "block" and (number or 0) < len(model.layers):
-            remarks.append(f"full recompute of {number} layers of a stage is priced as that of all of them")
-        elif (number or 1) > 1:
+        if method == "block":
+            count = min(number or 0, max(layers))
+            every = count == max(layers) and not model.mtp  # whose layers `block` leaves out
+            return {"recompute": ("full",) if count else (), "recompute_layers": str(count) if count and not every else ""}
+        if (number or 1) > 1:
             remarks.append(f"full recompute by units of {number} layers is priced as by single layers")
-        return ("full",)
+        return {"recompute": ("full",)}
     out = list(dict.fromkeys(m for m in modules if m in RECOMPUTE_MODULES and m != "full")) if kind == "selective" else []
     if kind == "selective" and not modules:
         flags.defaults["--recompute-modules"] = "core_attn"
@@ -309,7 +316,8 @@ def _recompute(flags: Flags, model: Model, remarks: list[str]) -> tuple[str, ...
     for module in modules if kind == "selective" else ():
         if module not in RECOMPUTE_MODULES:
             remarks.append(f"recompute of {module} is not priced")
-    return tuple(out + ["moe"] if flags.has("--moe-layer-recompute") and model.moe and "moe" not in out else out)
+    whole = flags.has("--moe-layer-recompute") and model.moe and "moe" not in out
+    return {"recompute": tuple([*out, "moe"] if whole else out)}
 
 
 def _graphs(flags: Flags, model: Model, remarks: list[str]) -> tuple[str, ...]:

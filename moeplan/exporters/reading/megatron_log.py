@@ -37,6 +37,8 @@ def read_log(text: str, where: str) -> tuple[Flags, int | None]:
         raise FileError(f"{where}: the argument dump that starts in line {starts[-1] + 1} does not end")
     if len(rows) < 20:
         raise FileError(f"{where}: the dump in line {starts[-1] + 1} holds {len(rows)} arguments; Megatron's has hundreds")
+    if "deepspeed_config" in rows:
+        raise FileError(f"{where}: the dump is one of Megatron-DeepSpeed", hint="give the script that starts the run")
     world = rows.get("world_size", ("", 0))[0]
     return Flags([g for name, (value, line) in rows.items() if (g := _flag(name, value, line))]), (
         int(world) if world.isdigit() else None

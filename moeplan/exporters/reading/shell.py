@@ -16,12 +16,15 @@ from pathlib import Path
 from moeplan.errors import SchemaError
 from moeplan.exporters.reading import script
 from moeplan.exporters.reading.conditions import holds
+from moeplan.exporters.reading.pipes import edited, piped
 from moeplan.exporters.reading.substitution import printed
 from moeplan.exporters.reading.tokens import Word
 from moeplan.exporters.reading.words import Expander, Variables, settled, shown, unknowns
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\[[^\]]*\])?(\+?)=(.*)", re.DOTALL)
 _DECLARING = ("export", "declare", "local", "readonly", "typeset")
+_REMOTE = ("ssh", "pdsh", "clush", "parallel-ssh", "pssh")
+"""Programs that hand a script, as one word, to the shells of other machines."""
 _SHELLS = ("bash", "sh", "zsh", "dash", "ksh")
 _SILENT = ("echo", "printf", "set", "cd", "mkdir", "cat", "ulimit", "module", "wait", "trap", "sleep", "shopt", "tee", "rm")
 _MOST_STEPS, _MOST_ROUNDS, _DEEPEST, _MOST_BYTES = 100_000, 1000, 12, 5_000_000
@@ -114,6 +117,8 @@ class Shell:
         return True
 
     def _chain(self, node: script.Chain) -> bool | None:
+        if {operator for operator, _ in node.rest} == {"|"} and self._writes([node.first, *(n for _, n in node.rest)]):
+            return True
         outcome = self._node(node.first)
         if node.negated and outcome is not None:
             outcome = not outcome
@@ -172,6 +177,8 @@ class Shell:
                 own[match[1]] = self._expander.text(match[4])
             self._assign(words.pop(0), match)
         if not words:
+            return True
+        if self._writes([node]):
             return True
         name = words[0].text
         if name in ("[", "[[", "test"):
@@ -248,6 +255,33 @@ class Shell:
             return True
         return None if name in _SILENT else self._start(words, documents, own, line)
 
+    def _writes(self, nodes: Sequence[script.Node]) -> bool:
+        """Whether a pipeline of cat, echo and sed writes a file, whose text is then noted."""
+        commands = [n for n in nodes if isinstance(n, script.Command) and n.words and not n.heredocs and not n.strings]
+        if len(commands) < len(nodes) or commands[-1].words[0].text not in ("cat", "echo", "printf", "sed", "cp"):
+            return False
+        steps = [[f for word in c.words for f in self._expander.fields(word.text)] for c in commands]
+        targets = [self._expander.text(word.text) for word in commands[-1].outputs]
+        if not targets and len(steps) == 1 and (found := edited(steps[0], self._text_of)) is not None:
+            self.files[Path(found[0]).name] = found[1]
+            return True
+        text = piped(steps, self._text_of) if targets and all(steps) else None
+        if text is not None:
+            self.files |= {Path(target).name: text for target in targets}
+        return text is not None
+
+    def _text_of(self, name: str) -> str | None:
+        """The text of a file that the script has written or that lies beside it; None if it cannot be seen."""
+        text = self.files.get(Path(name).name)
+        if text is None and self.folder is not None and not unknowns(name):
+            path = self.folder / name
+            try:
+                if path.is_file() and path.stat().st_size <= _MOST_BYTES:
+                    text = path.read_text(encoding="utf-8")
+            except (OSError, ValueError):
+                pass
+        return text
+
     def _call(self, name: str, arguments: list[str]) -> bool | None:
         if self.depth > _DEEPEST:
             raise SchemaError(f"{self.where}: function {name} calls itself more than {_DEEPEST} deep")
@@ -277,14 +311,7 @@ class Shell:
     def _file(self, words: Sequence[str], line: int, before: tuple[str, ...] = (), *, here: bool = False) -> bool | None:
         """Follow another file, if it can be seen; `here`: in this shell, as `source` does."""
         name = words[0] if words else ""
-        text = self.files.get(Path(name).name)
-        if text is None and self.folder is not None and not unknowns(name):
-            path = self.folder / name
-            try:
-                if path.is_file() and path.stat().st_size <= _MOST_BYTES:
-                    text = path.read_text(encoding="utf-8")
-            except (OSError, ValueError):
-                pass
+        text = self._text_of(name)
         if text is None:
             self._remark(line, f"'{shown(name)}' cannot be read here and is passed over")
             return None
@@ -309,8 +336,9 @@ class Shell:
             if i and base in self.files or base.endswith((".sh", ".sbatch", ".slurm")) and (i == 0 or "=" not in word):
                 return self._file(words[i:], line, tuple(words[:i]))
         else:
-            for document in documents:
-                self._child(document, line, tuple(words))
+            elsewhere = [word for word in words if " " in word] if words[0].rsplit("/", 1)[-1] in _REMOTE else []
+            for text in (*documents, *elsewhere):
+                self._child(text, line, tuple(words))
             return None
         values = self.variables.values
         exported = {n: v for n in self.variables.exported if isinstance(v := values.get(n), str)}

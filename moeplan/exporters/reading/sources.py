@@ -46,13 +46,15 @@ class Source:
     remarks: tuple[str, ...] = ()
     complete: bool = True
     """Whether only the flags of the user are there; a dump lists all arguments that exist."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Texts of files that the script writes, by their names."""
 
 
 def read_source(path: Path, settings: Mapping[str, str], positional: Sequence[str]) -> Source:
     """The start of a run that a file or a directory describes; `settings` are variables, `positional` arguments of a script."""
     if path.is_dir():
         if not (path / ARGUMENT_FILE).is_file():
-            raise FileError(f"directory '{path}' holds no {ARGUMENT_FILE}", hint="give the launch script itself")
+            raise FileError(f"directory '{path}' holds no {ARGUMENT_FILE} of an export", hint="give the launch script itself")
         return _export(path)
     text = _text(path)
     where = f"'{path}'"
@@ -61,6 +63,8 @@ def read_source(path: Path, settings: Mapping[str, str], positional: Sequence[st
         return Source(kind="log", flags=flags, world=world, complete=False)
     if path.suffix.lower() in (".yaml", ".yml"):
         return _yaml(text, where, settings)
+    if path.suffix.lower() == ".py":
+        raise FileError(f"{where} is Python, no launch script", hint="give the script that starts the run")
     if path.suffix.lower() == ".json" or text.lstrip().startswith("{"):
         raise FileError(f"{where} is JSON, no launch script of Megatron-LM", hint="give the script that starts the run")
     if _is_argument_file(text):
@@ -166,6 +170,8 @@ def _script(text: str, path: Path, settings: Mapping[str, str], positional: Sequ
     others = sorted({x.line for x in training} - {chosen.line})
     if others:
         remarks.append(f"{len(training)} training commands: that of line {chosen.line} is read, not that of {others}")
+    elif len({x.words for x in training}) > 1:
+        remarks.append(f"line {chosen.line} starts {len(training)} runs with other arguments each: the last one is read")
     return Source(
         kind="launch script",
         flags=with_lines(split_words(chosen.words), text),
@@ -174,6 +180,7 @@ def _script(text: str, path: Path, settings: Mapping[str, str], positional: Sequ
         program=chosen.program,
         environment={k: shown(v) for k, v in chosen.environment.items() if k.startswith(_VARIABLES)},
         remarks=tuple(remarks),
+        files=shell.files,
     )
 
 

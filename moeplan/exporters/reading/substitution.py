@@ -24,7 +24,7 @@ def printed(text: str, where: str, fields: Callable[[str], list[str]]) -> str:
     commands = [[f for w in step.words for f in fields(w.text)] for step in steps]
     if not commands or not all(commands):
         return spelled
-    out = _printed(commands[0])
+    out = simple_output(commands[0])
     for following in commands[1:]:
         number = calculate(re.sub(r"scale\s*=\s*\d+\s*;", "", out or "")) if following == ["bc"] else None
         out = None if number is None else str(number)
@@ -48,7 +48,7 @@ def _steps(node: Node) -> list[Command]:
     return commands[:1] if walks else []
 
 
-def _printed(words: Sequence[str]) -> str | None:
+def simple_output(words: Sequence[str]) -> str | None:
     """What a command prints that needs nothing but its words."""
     name, given = words[0], [w for w in words[1:] if not w.startswith("-")]
     match name:

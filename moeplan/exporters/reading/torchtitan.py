@@ -51,8 +51,13 @@ _DEFAULTS: Mapping[str, Any] = {
     "model_registry.moe_comm_backend": "standard",
     "model_registry.num_mtp_layers": 0,
 }
+_DEGREES = tuple(f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline", "expert"))
 _COUNTS = tuple(name for name, value in _DEFAULTS.items() if isinstance(value, int) and not isinstance(value, bool))
 """Fields that are whole numbers."""
+
+
+class _Unknown(str):
+    """An expression, whose value only the recipe itself knows."""
 
 
 def read_recipe(text: str, where: str, function: str = "") -> dict[str, Any]:
@@ -119,13 +124,19 @@ def _put(found: dict[str, Any], name: str, node: ast.expr) -> None:
     try:
         found[name] = ast.literal_eval(node)
     except ValueError:
-        return
+        if name in (*_DEFAULTS, "model_registry.flavor"):
+            found[name] = _Unknown(ast.unparse(node))
 
 
 def read_fields(
     found: Mapping[str, Any], world: int | None, remarks: list[str], *, where: str, era: str = "latest"
 ) -> tuple[Model, Workload, Layout]:
     """Model, workload and layout of a recipe's fields; `world` is needed where the shards are "the rest" (-1)."""
+    for name, given in found.items():
+        if isinstance(given, _Unknown):
+            raise SchemaError(f"{where}: {name} is {given!r}, which only running it tells", hint="write the value itself")
+        if name in (*_DEGREES, "parallelism.data_parallel_replicate_degree") and isinstance(given, int) and given < 1:
+            raise SchemaError(f"{where}: {name} is {given}, at least 1 is needed")
     for name in _COUNTS:
         if name in found and (not isinstance(found[name], int) or isinstance(found[name], bool)):
             raise SchemaError(f"{where}: {name} is {found[name]!r}, not a whole number")

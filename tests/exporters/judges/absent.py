@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from tests import megatron_stand_ins as stand_ins
 
@@ -22,3 +25,12 @@ class _Finder(stand_ins._Finder):
 def stand_in(*names: str) -> None:
     """From now on imports of these modules, and of what is in them, find something in which every name exists."""
     sys.meta_path.insert(0, _Finder(names))
+
+
+def no_compiler() -> None:
+    """From now on `torch.compile` leaves functions as they are: asking for it imports a compiler, which takes seconds."""
+
+    def compile(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+        return function if function is not None else lambda later: later
+
+    torch.compile = compile

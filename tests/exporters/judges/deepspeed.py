@@ -1,4 +1,4 @@
-"""DeepSpeed's own configuration classes, AutoEP's checks, and AutoEP's detector on the class of `transformers`, made small.
+"""DeepSpeed's own configuration classes, choice of an optimizer, AutoEP's checks, and its detector on a class made small.
 
 Kinds of cases: "config" (an export's files), "count" (parameters of the class of a model's configuration), and "train" (losses
 of an export's model, batches and optimizer without DeepSpeed, in one process).
@@ -6,18 +6,21 @@ of an export's model, batches and optimizer without DeepSpeed, in one process).
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import runpy
-import types
 from pathlib import Path
 from typing import Any
 
+import deepspeed.comm as comm
 import deepspeed.runtime.config as runtime
 import torch
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_config import validate_autoep_config, validate_autoep_post_detection
+from deepspeed.runtime.engine import DeepSpeedEngine
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from tests.exporters.judges import serve
 
@@ -57,8 +60,15 @@ class Asked(dict[str, Any]):
 
 def _model(config: dict[str, Any]) -> Any:
     values = dict(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+        model.tie_weights()
+    return model
+
+
+@functools.cache
+def _small_model(config: str) -> Any:
+    return _model(_small(json.loads(config)))
 
 
 def _small(config: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +123,12 @@ def _judge(case: dict[str, Any]) -> dict[str, Any]:
     text = (directory / "ds_config.json").read_text()
     data = Asked(json.loads(text, object_pairs_hook=runtime.dict_raise_error_on_duplicate_keys))
     tp = data.get("tensor_parallel", {}).get("autotp_size", 1)
-    runtime.dist = types.SimpleNamespace(get_rank=lambda *_, **__: 0, get_world_size=lambda *_, **__: world // tp)
+    comm.get_rank, comm.get_world_size = lambda *_, **__: 0, lambda *_, **__: world // tp
     found = runtime.DeepSpeedConfig(data)
     experts, zero = found.expert_parallel_config, found.zero_config
+    engine = object.__new__(DeepSpeedEngine)
+    engine._config, engine.pipeline_parallelism = found, False
+    engine._do_optimizer_sanity_check(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
     silent = sorted(set(data) - data.asked)
     layers = 0
     if "expert_parallel" in data:
@@ -123,7 +136,7 @@ def _judge(case: dict[str, Any]) -> dict[str, Any]:
         validate_autoep_config(
             experts, world, 1, tp, 1, zero_stage=int(zero.stage), zero_offload_optimizer=zero.offload_optimizer is not None
         )
-        specs = AutoEP(_model(_small(json.loads((directory / "config.json").read_text()))), experts).ep_parser()
+        specs = AutoEP(_small_model((directory / "config.json").read_text()), experts).ep_parser()
         validate_autoep_post_detection(experts, specs)
         layers = len(specs)
     if silent:

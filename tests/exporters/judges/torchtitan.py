@@ -19,15 +19,27 @@ import torch
 import torch._dynamo
 import torch._inductor.utils
 import torch.distributed as dist
+import torch.distributed.device_mesh as device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests import megatron_stand_ins as stand_ins
 from tests.exporters.judges import serve
-from tests.exporters.judges.absent import stand_in
+from tests.exporters.judges.absent import no_compiler, stand_in
 
 logging.disable(logging.CRITICAL)
+no_compiler()
 stand_in("datasets", "torch.utils.tensorboard", "grain", "PIL", "wandb")
 torch.cuda.get_device_capability = lambda *_: (9, 0)
+for kind in (torch.nn.Linear, torch.nn.Embedding):  # nothing is computed
+    kind.reset_parameters = lambda self: None
+
+
+def _own_group(ranks: Any = None, *, make: Any = device_mesh.new_group, **options: Any) -> Any:
+    """Groups that rank 0 is not in are not created, which changes nothing."""
+    return make(ranks=ranks, **options) if ranks is None or 0 in ranks else None
+
+
+device_mesh.new_group = _own_group
 
 
 def _counted(module: str, registry: dict[str, Any]) -> int:
@@ -38,6 +50,18 @@ def _counted(module: str, registry: dict[str, Any]) -> int:
     model_registry = importlib.import_module(f"torchtitan.models.{module}").model_registry
     with torch.device("meta"):
         return sum(p.numel() for p in model_registry(**registry).model.build().parameters())
+
+
+_meshes: set[tuple[int, ...]] = set()
+
+
+def _build_mesh(dims: Any) -> None:
+    """The mesh of a plan; it follows from the degrees, so that each is built once."""
+    degrees = (dims.world_size, dims.dp_replicate, dims.dp_shard, dims.cp, dims.tp, dims.pp, dims.ep)
+    if degrees not in _meshes:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=dims.world_size)
+        dims.build_mesh()
+        _meshes.add(degrees)
 
 
 def _judge(case: dict[str, Any]) -> dict[str, Any]:
@@ -58,8 +82,7 @@ def _judge(case: dict[str, Any]) -> dict[str, Any]:
         else:  # a tenth of the time
             config = module.plan()
         dims = ParallelDims.from_config(config.parallelism, case["world"])
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case["world"])
-        dims.build_mesh()
+        _build_mesh(dims)
         config.model_spec.model.update_from_config(config=config)
         parallelism, stages = config.parallelism, []
         if dims.pp > 1:

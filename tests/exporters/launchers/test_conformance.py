@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.exporters import judges
 from tests.exporters.launchers.rows import MORE, SIZES, text_of
 
 CASES = [(cluster, more) for cluster in SIZES for more in (False, True)]
@@ -112,11 +114,24 @@ def test_amd_gpus_have_another_name() -> None:
         assert "amd.com/gpu: 8" in text_of(name, "mi300xx16") and "nvidia.com" not in text_of(name, "mi300xx16")
 
 
-@pytest.mark.parametrize(("cluster", "more"), CASES)
-def test_skypilot_task(cluster: str, more: bool) -> None:
-    sky = pytest.importorskip("sky", reason="skypilot is not installed")
-    task = sky.Task.from_yaml_config(documents("skypilot", cluster, more)["task"])
-    assert task.num_nodes == SIZES[cluster][0]
+SPOILED: list[tuple[dict[str, Any], str]] = [
+    ({"num_node": 2}, "'num_node' was unexpected"),
+    ({"num_nodes": "2"}, "'2' is not of type 'integer'"),
+    ({"resources": {"accelerator": "H100:8"}}, "'accelerator' was unexpected"),
+    ({"resources": {"cloud": "nowhere"}}, "'nowhere' is not one of"),
+    ({"run": ["bash"]}, "is not of type 'string'"),
+]
+
+
+def test_skypilot_task(tmp_path: Path) -> None:
+    pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    tasks = [documents("skypilot", cluster, more)["task"] for cluster, more in CASES]
+    assert [task["num_nodes"] for task in tasks] == [SIZES[cluster][0] for cluster, _ in CASES]
+    found = judges.verdicts("skypilot", [*tasks, *({**tasks[0], **change} for change, _ in SPOILED)], tmp_path, "skypilot")
+    for task, verdict in zip(tasks, found, strict=False):
+        assert verdict["accepted"], f"{task}: {verdict}"
+    for (change, words), verdict in zip(SPOILED, found[len(tasks) :], strict=True):
+        assert not verdict["accepted"] and words in verdict["message"], f"{change}: {verdict}"
 
 
 def test_skypilot_names_of_devices() -> None:

@@ -24,7 +24,7 @@ def recorded(script: Path, folder: Path, arguments: Sequence[str] = (), **variab
     """The arguments with which bash starts the training of a script."""
     stubs = folder / "stubs"
     stubs.mkdir()
-    texts = dict.fromkeys(("torchrun", "python", "python3"), _RECORD) | dict.fromkeys(("srun", "mpirun"), _THROUGH)
+    texts = dict.fromkeys(("torchrun", "deepspeed", "python", "python3"), _RECORD) | dict.fromkeys(("srun", "mpirun"), _THROUGH)
     for name, text in {**texts, "scontrol": "#!/bin/sh\necho node1\n"}.items():
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)

@@ -127,3 +127,33 @@ def test_overrides_without_recipe_or_size(tmp_path: Path) -> None:
         read_file(path)
     with pytest.raises(MoeplanError, match="names no recipe"):
         read_file(path, gpus=8)
+
+
+def test_overrides_with_an_open_quote(tmp_path: Path) -> None:
+    path = tmp_path / "overrides.txt"
+    path.write_text("model.tensor_model_parallel_size=2\nmodel.name='mine\n")
+    with pytest.raises(MoeplanError, match=r"overrides\.txt', line 2: no closing quotation"):
+        read_file(path, gpus=8)
+
+
+@pytest.mark.parametrize(
+    ("literal", "other", "words"),
+    [
+        (
+            "tensor_parallel_degree=2",
+            "tensor_parallel_degree=TP",
+            "tensor_parallel_degree is 'TP', which only running it tells",
+        ),
+        ("tensor_parallel_degree=2", "tensor_parallel_degree=0", "tensor_parallel_degree is 0, at least 1 is needed"),
+        ("seq_len=4096", "seq_len=int(os.environ['S'])", "training.seq_len is \"int(os.environ['S'])\", which only"),
+        ("data_parallel_replicate_degree=1", "data_parallel_replicate_degree=-1", "replicate_degree is -1, at least 1"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read(literal: str, other: str, words: str, tmp_path: Path) -> None:
+    export(plan_for("torchtitan"), tmp_path / "out", exporter=exporter("torchtitan"))
+    text = (tmp_path / "out" / "moeplan_recipe.py").read_text()
+    assert literal in text
+    (tmp_path / "mine.py").write_text(text.replace(literal, other))
+    with pytest.raises(MoeplanError) as caught:
+        read_file(tmp_path / "mine.py", gpus=16)
+    assert words in str(caught.value)

@@ -12,7 +12,7 @@ from moeplan.costmodels.counts import parameter_count
 from moeplan.costmodels.model_catalog import load_model, model_names
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.errors import ExportError, LayoutError, MoeplanError, SchemaError
-from moeplan.exporters.megatron import write_arguments
+from moeplan.exporters.megatron_layout import layout_sections
 from moeplan.exporters.megatron_model import model_arguments
 from moeplan.exporters.reading.flags import catalog, numbers_of, split_words
 from moeplan.exporters.reading.imported import Imported, read_file
@@ -54,7 +54,7 @@ def test_models_of_the_catalog_are_recognised(name: str) -> None:
 @pytest.mark.parametrize("seed", range(120))
 def test_random_plans_come_back(seed: int, tmp_path: Path) -> None:
     problem, layout = random_case(seed)
-    words = words_of(write_arguments(unpriced(problem, layout)))
+    words = words_of(layout_sections(unpriced(problem, layout)))
     try:
         chunks = chunk_letters(problem.model, layout.pp, layout.vpp, layout.stages)
     except LayoutError:
@@ -104,6 +104,7 @@ def test_defaults_are_those_of_the_parser(tmp_path: Path) -> None:
     assert imported.layout.dispatcher == "allgather" and imported.layout.etp == 1
 
 
+BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers"
 LAYOUTS: list[tuple[str, str, dict[str, Any]]] = [  # flags besides those of a model, how they are read
     (EXPERTS, "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4", {"etp": 2, "ep": 4}),
     (DENSE, "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 2", {"pp": 4, "vpp": 3, "stages": ""}),
@@ -118,7 +119,16 @@ LAYOUTS: list[tuple[str, str, dict[str, Any]]] = [  # flags besides those of a m
     ),
     (DENSE, "--recompute-activations", {"recompute": ("core_attn",)}),
     (DENSE, "--recompute-granularity selective --recompute-modules layernorm mlp", {"recompute": ("layernorm", "mlp")}),
-    (DENSE, "--recompute-granularity full --recompute-method block --recompute-num-layers 24", {"recompute": ("full",)}),
+    (DENSE, f"{BLOCK} 24", {"recompute": ("full",), "recompute_layers": ""}),
+    (DENSE, f"{BLOCK} 23", {"recompute": ("full",), "recompute_layers": "23"}),
+    (DENSE, f"{BLOCK} 0", {"recompute": (), "recompute_layers": ""}),
+    (DENSE, f"--pipeline-model-parallel-size 4 {BLOCK} 5", {"recompute": ("full",), "recompute_layers": "5"}),
+    (DENSE, f"--pipeline-model-parallel-size 4 {BLOCK} 7", {"recompute": ("full",), "recompute_layers": ""}),
+    (
+        DENSE, f"--pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 3 {BLOCK} 6",
+        {"stages": "Et*3|t*7|t*7|t*7L", "recompute_layers": "6"},
+    ),
+    (EXPERTS, f"--mtp-num-layers 1 {BLOCK} 999", {"recompute": ("full",), "recompute_layers": "24"}),
     (EXPERTS, "--expert-model-parallel-size 8 --moe-token-dispatcher-type flex", {"dispatcher": "deepep"}),
     (EXPERTS, "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep", {"dispatcher": "hybridep"}),
     (EXPERTS, "--moe-token-dispatcher-type alltoall_seq", {"dispatcher": "alltoall"}),
@@ -141,7 +151,8 @@ def test_other_ways_to_say_it(model: str, flags: str, expected: dict[str, Any], 
 
 
 WORKLOADS: list[tuple[str, dict[str, Any], str]] = [  # flags, what they mean, a part of the remark
-    ("--fp8-format hybrid", {"precision": "fp8-delayed"}, "--fp8-param-gather"),
+    ("--fp8-format hybrid", {"precision": "fp8-delayed-bf16-weights"}, ""),
+    ("--fp8-format e4m3 --fp8-recipe mxfp8", {"precision": "fp8-mx-bf16-weights"}, ""),
     ("--fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather", {"precision": "fp8-mx"}, ""),
     ("--fp8-hybrid --fp8-param-gather", {"precision": "fp8-delayed"}, ""),
     ("--fp8-recipe tensorwise", {"precision": "bf16"}, ""),
@@ -170,6 +181,15 @@ REFUSED = [  # flags, error
     (DENSE.replace("--hidden-size 2048", ""), MoeplanError, "no --hidden-size"),
     (DENSE.replace("--vocab-size 32000", ""), MoeplanError, "how large the vocabulary is"),
     (DENSE.replace("--seq-length 4096", ""), MoeplanError, "no --seq-length"),
+    (DENSE + " --num-layers 0", MoeplanError, "--num-layers 0: a whole number of at least 1 is needed"),
+    (DENSE + " --num-layers 99999999999", MoeplanError, "--num-layers 99999999999 is more than the 10000 that can be read"),
+    (EXPERTS + " --mtp-num-layers 999999999", MoeplanError, "--mtp-num-layers 999999999 is more than the 10000"),
+    (DENSE + " --num-virtual-stages-per-pipeline-rank 999999999", LayoutError, "pp*vpp = 1*999999999 chunks are more than"),
+    (DENSE + " --num-attention-heads 0", MoeplanError, "--num-attention-heads 0: a whole number of at least 1"),
+    (DENSE + " --seq-length 0", MoeplanError, "--seq-length 0: a whole number of at least 1 is needed"),
+    (DENSE + " --micro-batch-size 0", MoeplanError, "--micro-batch-size 0: a whole number of at least 1 is needed"),
+    (DENSE + " --ffn-hidden-size -1", MoeplanError, "--ffn-hidden-size -1: a whole number of at least 0 is needed"),
+    (DENSE + " --tensor-model-parallel-size", MoeplanError, "--tensor-model-parallel-size has no value"),
     (DENSE + " --num-layers many", MoeplanError, "--num-layers many: a whole number is needed"),
     (EXPERTS + " --moe-layer-freq ([0]*3+[1]*4)", MoeplanError, "is no list of the 24 layers"),
     (DENSE + " --experimental-attention-variant kda", MoeplanError, "cannot be priced"),
@@ -199,6 +219,13 @@ def test_splits_that_megatron_refuses_are_read_with_the_fault(flags: str, fault:
     assert len(imported.faults) == 1 and fault in imported.faults[0]
     more = "--lr 1e-4 --train-iters 1 --mock-data --tokenizer-type NullTokenizer"
     assert not megatron.accept(f"{DENSE} {flags} {more}".split(), world=64).accepted
+
+
+def test_groups_of_experts_limit_nothing_without_a_number_of_them(tmp_path: Path) -> None:
+    moe = read(tmp_path, f"{EXPERTS} --moe-router-num-groups 4").model.moe
+    assert moe is not None and moe.groups == 0
+    both = read(tmp_path, f"{EXPERTS} --moe-router-num-groups 4 --moe-router-group-topk 2").model.moe
+    assert both is not None and (both.groups, both.group_topk) == (4, 2)
 
 
 def test_split_of_words() -> None:

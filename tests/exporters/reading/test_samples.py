@@ -11,7 +11,7 @@ import pytest
 
 from moeplan.costmodels.counts import parameter_count
 from moeplan.costmodels.stages import chunk_letters
-from moeplan.exporters.megatron import write_arguments
+from moeplan.exporters.megatron_layout import layout_sections
 from moeplan.exporters.reading.imported import Imported, read_file
 from moeplan.profiles.hardware import load_cluster
 from tests import megatron
@@ -128,7 +128,7 @@ def test_megatron_understands_the_same(place: int) -> None:
 @pytest.mark.parametrize("place", range(len(ROWS)), ids=NAMES)
 def test_exported_again_it_is_the_same(place: int, tmp_path: Path) -> None:
     imported = read(place)
-    sections = write_arguments(unpriced(imported.problem(load_cluster(f"h100x{imported.world}")), imported.layout))
+    sections = layout_sections(unpriced(imported.problem(load_cluster(f"h100x{imported.world}")), imported.layout))
     (tmp_path / "again.args").write_text(shlex.join(words_of(sections)))
     again = read_file(tmp_path / "again.args", gpus=imported.world)
     assert (again.layout, again.workload) == (imported.layout, imported.workload)

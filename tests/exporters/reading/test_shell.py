@@ -61,6 +61,13 @@ def test_bash_agrees(name: str, tmp_path: Path) -> None:
     assert theirs  # bash got that far
 
 
+@pytest.mark.parametrize("before", ["ssh -p 22 $H", "pdsh -R ssh -w node[0-3]", "clush -w node[0-3] -B"])
+def test_scripts_for_other_machines_are_followed(before: str) -> None:
+    shell = shell_of("a script", None, {}, ())
+    shell.read(f'H=node1; N=4\n{before} "cd /run; torchrun --nnodes $N x.py --a \\$B" &\nwait')
+    assert [shown(" ".join(s.words)) for s in shell.started] == ["torchrun --nnodes 4 x.py --a ${B}"]
+
+
 def test_what_is_not_known_keeps_its_name() -> None:
     words = words_of('N=$NODES; W=$((N * 8)); H=$(hostname -f); torchrun x.py $W "a${H}b" ${1:-none}')
     assert [unknowns(w) for w in words] == [["NODES"], ["$(hostname -f)"], []]
