@@ -4,13 +4,14 @@
 # make bench  speed figures        make docs  regenerate the generated pages
 # make spread  fit the error bars to published runs, write them and the tables of docs/uncertainty.md
 # make accuracy  compare with published runs, write docs/accuracy.md, fail below a threshold
+# make quality  plans beside published layouts, write docs/quality.md, fail where one is not reached
 # make schedules  schedules of an MoE layer beside their papers, write docs/schedules.md
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench spread accuracy schedules docs clean
+.PHONY: demo test check bench spread accuracy quality schedules docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
@@ -34,7 +35,7 @@ demo: $(VENV)/.demo
 	$(RUN)/moeplan export demo/plan.yaml --to megatron -d demo/launch
 
 test: check
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(STAMP)
 	$(RUN)/ruff check .
@@ -53,6 +54,9 @@ spread: $(STAMP)
 
 accuracy: $(STAMP)
 	$(RUN)/python -m benchmarks.accuracy
+
+quality: $(STAMP)
+	$(RUN)/python -m benchmarks.quality
 
 schedules: $(STAMP)
 	$(RUN)/python -m benchmarks.schedules

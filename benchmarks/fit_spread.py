@@ -11,6 +11,7 @@ or fit.
 3. Regimes: the factor on these deviations that holds 80 % of its runs, drawn towards that of all runs where there are few; and
    a bias, only where the medians of its models lie on one side by more than twice their standard error.
 4. Floor: what two layouts of one question differ by beside their parts, so that 80 % of such pairs are inside.
+5. Memory: the scale of the error of peaks, and what became of runs by their probability of failing (`memory_risk.py`).
 
 A run that was published by nine releases is not nine facts: the weight of runs of the same source, model, device and precision
 is 1 / sqrt(their number).
@@ -29,6 +30,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 import moeplan.costmodels.uncertainty as model
+from benchmarks import memory_risk
 from benchmarks.accuracy.fitting import architecture
 from benchmarks.accuracy.rows import TABLE, Result, compared, published_rows, results
 from benchmarks.accuracy.spread import weighted_quantile
@@ -300,12 +302,14 @@ def main() -> None:
         f"{len(runs.error)} runs; median error {medians}. `common` is {100 * found[0]:.1f} %, "
         f"`floor` {100 * least:.1f} %, from {count} pairs of layouts."
     )
-    tables = "\n".join([said, "", *coverage(runs, found, held, columns), "", *by_kind(runs, found)])
+    memory, judged = memory_risk.tables(results(published_rows(options.runs)))
+    tables = "\n".join([said, "", *coverage(runs, found, held, columns), "", *by_kind(runs, found), "", *judged])
     print(tables)
     data = {
         "common": round(float(found[0]), 3),
         "scaled": SCALED,
         "floor": round(least, 3),
+        "memory": round(memory, 3),
         "kinds": {kind: round(float(sigma), 3) for kind, sigma in zip(KINDS, found[1:], strict=True)},
         "regimes": {n: {"bias": r.bias, "scale": r.scale, "runs": r.runs} for n, r in held.items()},
     }

@@ -70,6 +70,8 @@ def picture() -> str:
 
     from moeplan.cli.options import make_problem
     from moeplan.cli.render import certificate_lines, memory_table, solution_table, tie_lines, time_bars
+    from moeplan.cli.render_baselines import baselines_table
+    from moeplan.planner.baselines import with_baselines
     from moeplan.planner.solve import solve
 
     problem = make_problem(
@@ -81,11 +83,12 @@ def picture() -> str:
     example = "moeplan solve --model deepseek-v3 --cluster h100x256 --global-batch 2048 --seq-len 4096 --precision fp8-cs"
     console.print(Text("$ " + example, style="bold"))
     console.print()
-    best = solution.plans[0]
-    for block in (solution_table(solution), time_bars(best.time), memory_table(best)):
+    best = with_baselines(solution.plans[0])
+    for block in (solution_table(solution), baselines_table(best), time_bars(best.time), memory_table(best)):
         console.print(block)
         console.print()
-    for line in certificate_lines(solution.considered, solution.priced, solution.rejected, solution.seconds, 0.0):
+    assert best.certificate is not None
+    for line in certificate_lines(best.certificate):
         console.print(line)
     for line in tie_lines(best):
         console.print(line)

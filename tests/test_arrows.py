@@ -27,6 +27,7 @@ MAY_IMPORT = {
 }
 # Libraries with one home each; numpy and yaml may be anywhere below the command line's entrance.
 HOMES = {"pulp": "planner/partition.py", "click": "cli/", "rich": "cli/", "torch": "profiles/ runtime/"}
+HOMES |= {"distributed": "planner/sweep_dask.py", "pyarrow": "cli/sweep_files.py"}  # extras, loaded when asked for
 ALLOWED = {"numpy", "yaml", *HOMES}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

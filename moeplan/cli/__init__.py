@@ -22,6 +22,7 @@ COMMANDS = {
     "estimate": "Price a given layout, or a table of training runs.",
     "explain": "Show what a plan's time and memory go to, and what its neighbours cost.",
     "schedule": "Compare the schedules of one MoE layer.",
+    "sweep": "Solve a question over a grid of sizes, devices and workloads.",
     "simulate": "Run one step of a plan as a timeline of all stages and micro-batches.",
     "export": "Write launch files for a plan.",
     "import": "Read a launch script that is in use today.",

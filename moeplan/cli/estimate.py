@@ -29,6 +29,8 @@ _LAYOUT = [
     click.option("--micro-batch", type=COUNT, default=1, show_default=True, help="Sequences of a micro-batch."),
     click.option("--sharding", type=click.Choice(["ddp", "optimizer", "fsdp"]), default="optimizer", show_default=True),
     click.option("--recompute", default="none", show_default=True, help="Modules joined by +, or full, or none."),
+    click.option("--recompute-layers", default="", metavar="TEXT",
+                 help="Layers of every chunk that do so: 2; with --target research also '4*8|0*24'. [default: all]"),
     click.option("--dispatcher", type=click.Choice(["allgather", "alltoall", "deepep", "hybridep"]), default="alltoall",
                  show_default=True),
     click.option("--ep-overlap", is_flag=True, help="Hide expert all-to-all behind another micro-batch."),
@@ -120,9 +122,9 @@ def _from_options(options: dict[str, Any], *, dispatcher_given: bool) -> Any:
     from moeplan.planner.plan import check_layout, price_plan
 
     names = [p.name for p in estimate.params if isinstance(p, click.Option)]
-    layout_names = {"tp", "cp", "pp", "vpp", "ep", "etp", "micro_batch", "sharding", "recompute", "dispatcher", "ep_overlap",
-                    "shared_overlap", "moe_schedule", "tp_overlap", "no_dp_overlap", "cuda_graphs", "optimizer_offload",
-                    "stages"}  # fmt: skip
+    layout_names = {"tp", "cp", "pp", "vpp", "ep", "etp", "micro_batch", "sharding", "recompute", "recompute_layers",
+                    "dispatcher", "ep_overlap", "shared_overlap", "moe_schedule", "tp_overlap", "no_dp_overlap", "cuda_graphs",
+                    "optimizer_offload", "stages"}  # fmt: skip
     chosen = {n: options[n] for n in names if n in layout_names}
     problem = make_problem(**{n: v for n, v in options.items() if n not in layout_names})
     if dispatcher_given and problem.model.moe is None:
@@ -141,6 +143,7 @@ def _from_options(options: dict[str, Any], *, dispatcher_given: bool) -> Any:
         sequence_parallel=tp > 1,
         sharding=chosen["sharding"],
         recompute=_names(chosen["recompute"]),
+        recompute_layers=chosen["recompute_layers"],
         dispatcher=chosen["dispatcher"] if problem.model.moe is not None else "none",
         ep_overlap=chosen["ep_overlap"],
         shared_overlap=chosen["shared_overlap"],

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moeplan.cli.options import json_option, print_json, remark
+from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
     from moeplan.planner.explain import Binding, Neighbour
+    from moeplan.planner.gradient_windows import GradientWindows
     from moeplan.planner.plan import Plan
     from moeplan.planner.schedules import Alternative
 
@@ -18,14 +20,16 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="OTHER", help="Compare with another plan.")
+@click.option("--what-if", is_flag=True, help="Which constraint binds: change one at a time and solve again.")
 @json_option
-def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
+def explain(plan_file: Path, against: Path | None, what_if: bool, as_json: bool) -> int:
     """Show what a plan's time and memory go to, and what its neighbours cost.
 
     \b
     Examples:
       moeplan explain plan.yaml
       moeplan explain plan.yaml --against other.yaml
+      moeplan explain plan.yaml --what-if
 
     For each degree the next value up and down is shown at its best, or with the rule or the memory that forbids it.
     """
@@ -35,18 +39,37 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
     from moeplan.planner.schedules import alternatives
     from moeplan.records import to_mapping
 
+    if what_if and against is not None:
+        raise UsageError("--what-if and --against answer two questions", hint="leave one of the two out")
     plan = load_plan(plan_file)
     other = load_plan(against) if against is not None else None
     for text in plan.remarks:
         remark(text)
     if other is not None:
         return _side_by_side(plan, other, as_json)
+    if what_if:
+        from moeplan.cli import render_what_if
+
+        render_what_if.report(plan, as_json)
+        return 0
     limits, around = bindings(plan), neighbours(plan)
     schedules = alternatives(plan.problem, plan.layout)
     windows = gradient_windows(plan.problem, plan.layout, plan.stage_s)
     if as_json:
         print_json(_data(plan, limits, around, schedules) | {"gradients": to_mapping(windows) if windows else None})
-        return 0
+    else:
+        _show(plan, limits, around, schedules, windows)
+    return 0
+
+
+def _show(
+    plan: Plan,
+    limits: list[Binding],
+    around: list[Neighbour],
+    schedules: list[Alternative],
+    windows: GradientWindows | None,
+) -> None:
+    """Print everything about a plan."""
     from moeplan.cli.render import (
         bindings_table,
         certificate_lines,
@@ -59,11 +82,13 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
         tie_lines,
         time_bars,
     )  # fmt: skip
+    from moeplan.cli.render_robustness import robustness_lines, robustness_tables
 
     out = console()
     for line in plan_summary(plan):
         out.print(line)
     blocks = [time_bars(plan.time), memory_table(plan), bindings_table(limits), neighbours_table(plan, around)]
+    blocks += robustness_tables(plan)
     if schedules:
         blocks.append(schedules_table(plan, schedules))
     for block in blocks:
@@ -73,17 +98,17 @@ def explain(plan_file: Path, against: Path | None, as_json: bool) -> int:
         out.print(gradient_line(windows, plan))
     if plan.certificate is not None:
         out.print()
-        c = plan.certificate
-        for line in certificate_lines(c.considered, c.priced, c.rejected, c.seconds, c.gap):
+        for line in certificate_lines(plan.certificate):
             out.print(line)
-    for line in tie_lines(plan):
+    for line in (*tie_lines(plan), *robustness_lines(plan)):
         out.print(line)
-    return 0
 
 
 def _data(plan: Plan, limits: list[Binding], around: list[Neighbour], schedules: list[Alternative]) -> dict[str, Any]:
     """The plan as plain data, with what binds, what is one step away, and its MoE layers under every schedule."""
-    data = plan.to_data()
+    from moeplan.cli.render_robustness import data as robustness_data
+
+    data = plan.to_data() | {"robustness": robustness_data(plan)}
     data["binds"] = [{"what": b.what, "share": b.share, "detail": b.detail} for b in limits]
     data["neighbours"] = [
         {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,10 +15,7 @@ import click
 from moeplan.errors import FileError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.costmodels.model import Model
-    from moeplan.costmodels.workload import Workload
     from moeplan.planner.problem import Problem
-    from moeplan.profiles.hardware import Device
     from moeplan.profiles.profile import Profile
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,6 +43,23 @@ class Count(click.ParamType[int]):
         if number > self.most:
             self.fail(f"{value} is more than the {self.most} that are handled", param, ctx)
         return int(number)
+
+
+class Share(click.ParamType[float]):
+    """A share of something: 0.005 or 0.5%."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share; refuses what is not between 0 and 1."""
+        text = str(value)
+        try:
+            number = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+        except ValueError:
+            self.fail(f"'{value}' is not a share", param, ctx)
+        if not 0.0 <= number <= 1.0:
+            self.fail(f"{value} is not between 0 and 1 (100%)", param, ctx)
+        return number
 
 
 COUNT = Count()
@@ -143,16 +156,12 @@ def make_problem(
     cluster_ref: str | None,
     global_batch: int | None,
     seq_len: int | None,
-    no_mtp: bool,
-    memory_limit: str | None,
-    price_per_gpu_hour: float,
     profile_file: Path | None = None,
-    target: str = "megatron",
     pins: tuple[str, ...] = (),
     forbidden: tuple[str, ...] = (),
     **how: Any,
 ) -> Problem:
-    """The problem that the options state; every missing one is named. `how` are those of `_workload`."""
+    """The problem that the options state; every missing one is named. `how` are further fields of a `Question`."""
     machine = cluster_ref or profile_file
     needed = {"--model": model_ref, "--cluster": machine, "--global-batch": global_batch, "--seq-len": seq_len}
     missing = [name for name, value in needed.items() if value is None]
@@ -160,80 +169,26 @@ def make_problem(
         raise UsageError(
             f"missing {', '.join(missing)}", hint="a plan file says all of them; `moeplan solve --help` shows an example"
         )
-    assert model_ref is not None and global_batch is not None and seq_len is not None
-    from moeplan.costmodels.model_catalog import load_model
-    from moeplan.planner.problem import Problem, parse_condition
+    from moeplan.planner.question import Question, problem_of
 
-    if not 0 <= price_per_gpu_hour < math.inf:
-        raise UsageError(f"--price-per-gpu-hour {price_per_gpu_hour:g}: a price of 0 or more is needed")
-    model, profile = load_model(model_ref), load_machine(cluster_ref, profile_file)
-    if no_mtp:
-        if not model.mtp:
-            remark(f"{model.name} has no prediction layers; --no-mtp changes nothing")
-        model = dataclasses.replace(model, mtp=())
-    if price_per_gpu_hour:
-        cluster = dataclasses.replace(profile.cluster, price_per_gpu_hour=price_per_gpu_hour)
-        profile = dataclasses.replace(profile, cluster=cluster)
-    for text in model.remarks:
-        remark(text)
-    return Problem(
-        model=model,
-        profile=profile,
-        workload=_workload(model, global_batch=global_batch, seq_len=seq_len, **how),
-        pins=tuple(parse_condition(p) for p in pins),
-        forbidden=tuple(parse_condition(p) for p in forbidden),
-        memory_limit_bytes=_limit_bytes(memory_limit, profile.cluster.device),
-        target=target,
+    question = Question(
+        model=str(model_ref),
+        cluster=cluster_ref or "",
+        profile=str(profile_file or ""),
+        global_batch=global_batch or 0,
+        seq_len=seq_len or 0,
+        pin=pins,
+        forbid=forbidden,
+        **how,
     )
+    return problem_of(question, remark)
 
 
 def load_machine(cluster_ref: str | None, profile_file: Path | None) -> Profile:
     """The profile of a file, at the count of GPUs of the cluster if there is one too; without a file the nominal profile."""
-    from moeplan.profiles.hardware import load_cluster
-    from moeplan.profiles.nominal import nominal
-    from moeplan.profiles.profile_file import load_profile, on_cluster
+    from moeplan.planner.question import load_machine as load
 
-    if profile_file is None:
-        assert cluster_ref is not None
-        return nominal(load_cluster(cluster_ref))
-    profile = load_profile(profile_file)
-    return profile if cluster_ref is None else on_cluster(profile, load_cluster(cluster_ref))
-
-
-def _workload(
-    model: Model, *, precision: str, era: str, gradients: str, moments: str, imbalance: float, **sizes: int
-) -> Workload:
-    from moeplan.costmodels.workload import Workload, load_era, load_precision
-
-    if imbalance != 1.0 and model.moe is None:
-        raise UsageError(f"--imbalance {imbalance:g}: {model.name} has no experts to load unevenly")
-    software = load_era(era)
-    if software.framework != "megatron":
-        raise UsageError(f"--era {era}: {software.source} serves to price tables of runs, plans are for Megatron")
-    return Workload(
-        **sizes,
-        precision=load_precision(precision),
-        era=software,
-        gradient_bytes={"fp32": 4, "bf16": 2}[gradients],
-        moment_bytes={"fp32": 4, "bf16": 2}[moments],
-        imbalance=imbalance,
-    )
-
-
-def _limit_bytes(text: str | None, device: Device) -> float:
-    """Bytes of `--memory-limit`; 0 where the device itself is the limit."""
-    from moeplan.units import format_bytes, parse_bytes
-
-    if text is None:
-        return 0.0
-    limit = parse_bytes(text)
-    if limit <= 0:
-        raise UsageError(f"--memory-limit {text} leaves no memory", hint="write it like 70GiB")
-    if limit < device.memory_bytes:
-        return limit
-    if limit > device.memory_bytes:
-        remark(f"--memory-limit {text} is more than the {format_bytes(device.memory_bytes)} of a {device.name}, which counts")
-    return 0.0
+    return load(cluster_ref or "", str(profile_file or ""))
 
 
 def progress_bar(label: str) -> Any:

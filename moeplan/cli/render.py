@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moeplan.cli.render_robustness import risk_text, says_something
 from moeplan.costmodels.breakdown import Breakdown
+from moeplan.costmodels.layout import Layout
+from moeplan.planner.certificate import Certificate
 from moeplan.planner.explain import Binding, Neighbour
 from moeplan.planner.gradient_windows import GradientWindows
 from moeplan.planner.plan import Plan, StageMemory
@@ -79,14 +82,17 @@ def solution_table(solution: Solution) -> Table:
     tied = {0, *solution.tied} if solution.tied else set()
     for name in ("step", *(["tie"] if tied else []), "80 % of runs", "tok/s/GPU", "MFU", "peak GiB"):
         table.add_column(name, justify="right", no_wrap=True)
+    risky = says_something(solution.plans)
+    if risky:
+        table.add_column("OOM risk", justify="right")
     if priced:
         table.add_column("per 10^12 tok", justify="right", no_wrap=True)
     for i, plan in enumerate(solution.plans):
-        cells = [
+        cells: list[str | Text] = [
             str(i + 1),
             plan.layout.degrees(),
             str(plan.layout.micro_batch),
-            " ".join(plan.layout.recompute) or "-",
+            _recompute(plan.layout),
             dispatch_text(plan),
             format_seconds(plan.step_s),
             *((["tie"] if i in tied else [""]) if tied else []),
@@ -95,6 +101,8 @@ def solution_table(solution: Solution) -> Table:
             f"{plan.mfu:.1%}",
             f"{plan.peak_bytes / GIB:.1f}",
         ]
+        if risky:
+            cells.append(risk_text(plan))
         if sized:
             cells.insert(1, str(plan.layout.world))
         if priced:
@@ -112,6 +120,12 @@ def title(plan: Plan) -> str:
     )
 
 
+def _recompute(layout: Layout) -> str:
+    """What is recomputed, and in how many layers of each chunk where these are not all: "moe_act mlp", "full (2)"."""
+    counts = f" ({layout.recompute_layers})" * bool(layout.recompute_layers)
+    return " ".join(layout.recompute) + counts if layout.recompute else "-"
+
+
 def dispatch_text(plan: Plan) -> str:
     """Dispatcher and overlap."""
     x = plan.layout
@@ -121,19 +135,29 @@ def dispatch_text(plan: Plan) -> str:
     return f"{name}, overlap" if x.ep_overlap else "TP overlap" if x.tp_overlap else name
 
 
-def certificate_lines(considered: int, priced: int, rejected: Mapping[str, int], seconds: float, gap: float) -> Iterable[Text]:
+def certificate_lines(found: Certificate) -> Iterable[Text]:
     """What stands behind the answer."""
     yield Text(
-        f"best of {format_count(considered)} layouts, gap {gap:.0%}, {seconds:.2f} s ({format_count(priced)} priced in full)"
+        f"best of {format_count(found.considered)} layouts, {_gap(found)}, {found.seconds:.2f} s "
+        f"({format_count(found.priced)} priced in full)"
     )
+    if found.pipelines:
+        proofs = f", {found.programmes} integer programmes" if found.programmes else ""
+        yield Text(
+            f"every split of {format_count(found.pipelines)} pipelines by bounds: {format_count(found.opened)} solved{proofs}"
+        )
     names = {
         "memory": "too large for the device",
         "slower": "slower (by bound or by subset)",
         "excluded": "excluded by --pin / --forbid",
     }
-    shown = sorted(rejected.items(), key=lambda kv: -kv[1])
+    shown = sorted(found.rejected.items(), key=lambda kv: -kv[1])
     parts = [f"{names.get(reason, reason)} {format_count(count)}" for reason, count in shown]
     yield Text("passed over: " + ", ".join(parts), style="dim")
+
+
+def _gap(found: Certificate) -> str:
+    return f"no other more than {found.gap:.1%} faster" if found.gap >= 0.0005 else "gap 0%"
 
 
 def tie_lines(plan: Plan) -> Iterable[Text]:
@@ -272,7 +296,7 @@ def neighbours_table(plan: Plan, neighbours: list[Neighbour]) -> Table:
             continue
         share = n.step_s / plan.step_s - 1
         x = n.best.layout
-        how = f"micro {x.micro_batch}, VPP{x.vpp}, recompute {'+'.join(x.recompute) or 'none'}"
+        how = f"micro {x.micro_batch}, VPP{x.vpp}, recompute {x.recompute_text()}"
         if x.dispatcher != "none":
             how += f", {x.dispatcher}{' overlap' if x.ep_overlap else ''}"
         style = "green" if share < 0 else "yellow" if share < 0.05 else ""
@@ -333,7 +357,7 @@ def plan_summary(plan: Plan) -> Iterable[Text]:
     x = plan.layout
     yield Text(title(plan), style="bold")
     yield Text(
-        f"{x.degrees()}, micro-batch {x.micro_batch}, recompute {'+'.join(x.recompute) or 'none'}, {dispatch_text(plan)}"
+        f"{x.degrees()}, micro-batch {x.micro_batch}, recompute {x.recompute_text()}, {dispatch_text(plan)}"
         + (f", split {x.stages}" if x.stages else "")
     )
     yield Text(

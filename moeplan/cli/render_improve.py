@@ -9,7 +9,7 @@ from rich.text import Text
 
 from moeplan.cli.render import console
 from moeplan.errors import ExportError
-from moeplan.exporters.megatron import write_arguments
+from moeplan.exporters.megatron_layout import layout_sections
 from moeplan.planner.improve import Edit, Improvement
 from moeplan.planner.plan import Plan
 from moeplan.units import format_bytes, format_seconds
@@ -29,7 +29,7 @@ def flag_edits(before: Plan, after: Plan) -> list[str]:
 
 
 def _flags(plan: Plan) -> dict[str, tuple[str, ...]]:
-    return {flag[0]: flag[1:] for flags in write_arguments(plan).values() for flag in flags}
+    return {flag[0]: flag[1:] for flags in layout_sections(plan).values() for flag in flags}
 
 
 def in_words(edit: Edit) -> str:

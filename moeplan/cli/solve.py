@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from moeplan.cli import NO_PLAN_FITS
+from moeplan.cli.no_plan import why
 from moeplan.cli.options import (
     Count,
+    Share,
     check_writable,
     json_option,
     make_problem,
@@ -21,7 +23,6 @@ from moeplan.cli.options import (
     remark,
 )
 from moeplan.errors import UsageError
-from moeplan.units import format_bytes, format_count
 
 
 @click.command()
@@ -40,7 +41,15 @@ from moeplan.units import format_bytes, format_count
     "--improve", type=click.Path(path_type=Path), metavar="PLAN",
     help="Say what to change in this plan (of `moeplan import`), in place of a question of your own.",
 )  # fmt: skip
-@click.option("--refine", is_flag=True, help="Split the layers of the plans anew, by the cost of each layer (MILP).")
+@click.option(
+    "--refine", is_flag=True, help="Look at every split of layers over the stages, with a bound on what was not found."
+)
+@click.option(
+    "--gap", type=Share(), metavar="SHARE", help="With --refine: prove the best plan to 0.005 or 0.5% of its time (MILP)."
+)
+@click.option("--time-limit", metavar="TIME", help="With --refine: look no further after this, like 30s.")
+@click.option("--jobs", type=Count(256), default=1, show_default=True, help="With --refine and --gap: processes that prove.")
+@click.option("--pareto", is_flag=True, help="Show the plans that no other beats in step time, GPUs and free memory at once.")
 @click.option("--top", type=Count(100), default=5, show_default=True, help="Plans to show, up to 100.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the best plan to this file.")
 @json_option
@@ -52,6 +61,10 @@ def solve(
     forbidden: tuple[str, ...],
     improve: Path | None,
     refine: bool,
+    gap: float | None,
+    time_limit: str | None,
+    jobs: int,
+    pareto: bool,
     top: int,
     output: Path | None,
     as_json: bool,
@@ -71,33 +84,50 @@ def solve(
     """
     if output is not None:
         check_writable(output, "plan file")
+    if pareto:
+        _check_pareto(objective, improve, refine)
     if improve is not None:
         return _improve(improve, output, as_json=as_json)
     target = _target(objective, target_step_time, target_tokens_per_s)
+    splits = _splits(refine, gap, time_limit, jobs, objective)
     problem = make_problem(**options, pins=pins, forbidden=forbidden)
     from moeplan.planner.solve import solve as solve_problem
 
     with progress_bar("solving") as progress:
-        solution = solve_problem(problem, objective=objective, keep=top, progress=progress, **target)
-    if refine:
-        from moeplan.planner.refine import refined
-        from moeplan.planner.ties import settled
-
-        solution = dataclasses.replace(solution, plans=settled(refined(solution.plans)))
+        solution = solve_problem(problem, objective=objective, keep=top, progress=progress, splits=splits, **target)
+    solution = _beside_baselines(solution)
     if output is not None and solution.plans:
         solution.plans[0].save(output)
-    if as_json:
-        print_json(_data(solution))
+    reason = None if solution.plans else why(problem, solution, bool(target))
+    if pareto and solution.plans:
+        _show_front(problem, as_json)
+    elif as_json:
+        print_json(_data(solution) | (reason.data() if reason else {}))
     elif solution.plans:
         _show(solution)
-        for text in solution.plans[0].remarks:
-            remark(text)
-    if not solution.plans:
-        click.echo(f"no plan fits: {_why(problem, solution, bool(target))}", err=True)
+    if reason:
+        click.echo(f"no plan fits: {reason.sentence}", err=True)
         return NO_PLAN_FITS
     if output is not None:
         click.echo(f"plan written to {output}; next: moeplan export {output} --to megatron -d launch", err=True)
     return 0
+
+
+def _beside_baselines(solution: Any) -> Any:
+    """The solution, its best plan with the obvious layouts beside it."""
+    from moeplan.planner.baselines import with_baselines
+
+    if not solution.plans:
+        return solution
+    return dataclasses.replace(solution, plans=(with_baselines(solution.plans[0]), *solution.plans[1:]))
+
+
+def _check_pareto(objective: str, improve: Path | None, refine: bool) -> None:
+    """Refuse what `--pareto` leaves no room for."""
+    other = "--improve" if improve is not None else "--refine" if refine else f"--objective {objective}"
+    if other != "--objective throughput":
+        hint = "it weighs step time, GPUs, money and memory at once; leave one of the two out"
+        raise UsageError(f"--pareto does not go with {other}", hint=hint)
 
 
 def _improve(plan_file: Path, output: Path | None, *, as_json: bool) -> int:
@@ -122,7 +152,7 @@ def _improve(plan_file: Path, output: Path | None, *, as_json: bool) -> int:
     with progress_bar("solving") as progress:
         solution = solve_problem(plan.problem, keep=1, progress=progress)
     if not solution.plans:
-        click.echo(f"no plan fits: {_why(plan.problem, solution, False)}", err=True)
+        click.echo(f"no plan fits: {why(plan.problem, solution, False).sentence}", err=True)
         return NO_PLAN_FITS
     found = improve(plan, solution.plans[0])
     if output is not None:
@@ -142,13 +172,13 @@ def _typed(context: click.Context, parameter: click.Parameter) -> bool:
     return context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _target(objective: str, step_time: str | None, tokens_per_s: float | None) -> dict[str, float]:
+def _target(objective: str, step_time: str | None, tokens_per_s: float | None) -> dict[str, Any]:
     """What is to be reached, as arguments of `solve`; empty where nothing is."""
     from moeplan.units import parse_seconds
 
     if objective == "throughput" and not (step_time is None and tokens_per_s is None):
         raise UsageError("a target goes with --objective gpus or cost, not with throughput")
-    target = {}
+    target: dict[str, Any] = {}
     if step_time is not None:
         target["target_step_s"] = parse_seconds(step_time)
         if target["target_step_s"] <= 0:
@@ -160,46 +190,54 @@ def _target(objective: str, step_time: str | None, tokens_per_s: float | None) -
     return target
 
 
+def _splits(refine: bool, gap: float | None, time_limit: str | None, jobs: int, objective: str) -> Any:
+    """How far splits are looked at; None: no further than the search does."""
+    from moeplan.planner.solve import Splits
+    from moeplan.units import parse_seconds
+
+    if not refine:
+        given = [n for n, v in (("--gap", gap), ("--time-limit", time_limit), ("--jobs", jobs > 1 or None)) if v is not None]
+        if given:
+            raise UsageError(f"{given[0]} goes with --refine", hint="the search without it always ends with gap 0")
+        return None
+    if objective != "throughput":
+        raise UsageError(
+            f"--refine does not go with --objective {objective}", hint="solve for the GPUs that it finds, then refine"
+        )
+    limit_s = math.inf if time_limit is None else parse_seconds(time_limit)
+    if limit_s <= 0.0:
+        raise UsageError(f"--time-limit {time_limit}: a time above 0 is needed")
+    return Splits(gap=1.0 if gap is None else gap, time_limit_s=limit_s, jobs=jobs)
+
+
 def _show(solution: Any) -> None:
     """The best plans as a table, the time and memory of the first, and what was passed over."""
     from moeplan.cli.render import certificate_lines, console, memory_table, solution_table, tie_lines, time_bars
+    from moeplan.cli.render_baselines import baselines_table
 
     best = solution.plans[0]
     out = console()
-    for part in (solution_table(solution), time_bars(best.time), memory_table(best)):
+    for part in (solution_table(solution), baselines_table(best), time_bars(best.time), memory_table(best)):
         out.print(part)
         out.print()
     assert best.certificate is not None
-    for line in certificate_lines(
-        solution.considered, solution.priced, solution.rejected, solution.seconds, best.certificate.gap
-    ):
+    for line in certificate_lines(best.certificate):
         out.print(line)
     for line in tie_lines(best):
         out.print(line)
+    for text in best.remarks:
+        remark(text)
 
 
-def _why(problem: Any, solution: Any, has_target: bool) -> str:
-    """Why nothing fits, in one sentence."""
-    name, cluster = problem.model.name, problem.profile.cluster
-    sizes = f"no size from {solution.counts[0]} to {solution.counts[-1]} GPUs" if solution.counts else ""
-    if sizes and has_target:
-        return f"{sizes} reaches the target with {name}"
-    if solution.nearest_excess_bytes < float("inf"):
-        reason = f"the best layout of {name} misses the {format_bytes(problem.device_bytes)} of a {cluster.device.name} by "
-        reason += format_bytes(max(solution.nearest_excess_bytes, 0.0))
-        if sizes:
-            return f"{sizes} will do, {reason}"
-        if solution.gpus_that_fit:
-            return f"{reason}; {solution.gpus_that_fit} GPUs would do"
-        return f"{reason}, and up to 64 times the {cluster.gpus} GPUs do not help (conditions or lower precision may)"
-    if not solution.considered:
-        return f"--pin and --forbid leave no layout of {name} on {cluster.gpus} GPUs"
-    called = {"excluded": "excluded by --pin or --forbid"}
-    parts = [f"{called.get(reason, reason)} ({format_count(count)})" for reason, count in list(solution.rejected.items())[:4]]
-    return f"every layout of {name} on {cluster.gpus} GPUs is refused: {', '.join(parts)}"
+def _show_front(problem: Any, as_json: bool) -> None:
+    from moeplan.cli import render_pareto
+
+    render_pareto.report(problem, as_json)
 
 
 def _data(solution: Any) -> dict[str, Any]:
+    from moeplan.cli.render_robustness import data as robustness_data
+
     return {
         "status": solution.status,
         "considered": solution.considered,
@@ -209,4 +247,5 @@ def _data(solution: Any) -> dict[str, Any]:
         "gpus_that_fit": solution.gpus_that_fit,
         "tied": list(solution.tied),
         "plans": [plan.to_data() for plan in solution.plans],
+        "robustness": [robustness_data(plan) for plan in solution.plans],
     }

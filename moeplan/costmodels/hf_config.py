@@ -18,7 +18,8 @@ from moeplan.costmodels.model import Layer, Model
 from moeplan.errors import ModelError
 
 _NESTED = ("text_config", "llm_config", "thinker_config", "language_config")
-_MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000
+"""More are taken for a slip."""
 _ACTIVATIONS: dict[str, Any] = {
     "silu": "silu",
     "swish": "silu",
@@ -105,8 +106,8 @@ def _layers(keys: Keys) -> tuple[Layer, ...]:
         plan = [((kind,), kind == "moe") for kind in singles]
     else:
         count = keys.size("layers")
-        if count > _MOST_LAYERS:
-            raise ModelError(f"{keys.where}: {count} layers are more than the {_MOST_LAYERS} that can be read")
+        if count > MOST_LAYERS:
+            raise ModelError(f"{keys.where}: {count} layers are more than the {MOST_LAYERS} that can be read")
         parts = keys.find("blocks")[1] or ["mixer", "feed_forward"]
         plan = [
             (tuple({"mixer": mixer, "feed_forward": "moe" if moe else "dense"}.get(p, p) for p in parts), moe)

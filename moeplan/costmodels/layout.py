@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.costmodels.moe_choice import parse_choices
+from moeplan.costmodels.recompute import parse_counts
 from moeplan.errors import LayoutError
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -68,6 +69,8 @@ class Layout:
     """What data parallelism shards, see `SHARDINGS`."""
     recompute: tuple[str, ...] = ()
     """Modules whose activations are recomputed in the backward pass, see `RECOMPUTE_MODULES`."""
+    recompute_layers: str = ""
+    """How many layers of each chunk do so, see `recompute.py` ("2", "4*8|0*24"); empty: all, and prediction layers."""
     dispatcher: Literal["none", "allgather", "alltoall", "deepep", "hybridep"] = "none"
     """How tokens reach their experts."""
     ep_overlap: bool = False
@@ -108,6 +111,7 @@ class Layout:
         if not 0.0 <= self.optimizer_offload <= 1.0:
             raise LayoutError(f"optimizer_offload={self.optimizer_offload} must lie between 0 and 1")
         parse_choices(self.moe_schedule)
+        parse_counts(self.recompute_layers)
         for name, known in (("recompute", RECOMPUTE_MODULES), ("cuda_graphs", GRAPH_SCOPES)):
             names = getattr(self, name)
             object.__setattr__(self, name, names_of(mask_of(names, known), known))
@@ -121,6 +125,15 @@ class Layout:
         """The degrees that differ from 1, for a line of text: "TP2 PP8 VPP4 EP32 DP16"."""
         parts = [f"{n.upper()}{getattr(self, n)}" for n in DEGREES if getattr(self, n) > 1 and n not in ("edp",)]
         return " ".join(parts) or "1 GPU"
+
+    def recompute_text(self) -> str:
+        """What is recomputed, for a line of text: "none", "mla_up_proj+moe_act", "full in 2 layers of a chunk"."""
+        if not self.recompute or not self.recompute_layers:
+            return "+".join(self.recompute) or "none"
+        counts, what = parse_counts(self.recompute_layers), "+".join(self.recompute)
+        if not isinstance(counts, int):
+            return f"{what} in {self.recompute_layers} layers"
+        return f"{what} in {counts} layer{'s' * (counts != 1)} of a chunk"
 
 
 def _known(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
@@ -174,6 +187,10 @@ class Layouts:
     """Schedules of MoE layers, see `Layout.moe_schedule`; `schedule` says which one a row uses."""
     schedule: Ints = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
     """Places in `schedules`."""
+    recompute_counts: tuple[str, ...] = ("",)
+    """Layers of chunks that recompute, see `Layout.recompute_layers`; `recompute_count` says which text a row uses."""
+    recompute_count: Ints = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
+    """Places in `recompute_counts`."""
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -198,7 +215,7 @@ class Layouts:
     def take(self, rows: Any) -> Layouts:
         """The layouts at the given places (indices, mask or slice)."""
         columns = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self) if f.name not in _TEXTS}
-        return Layouts(**columns, stages=self.stages, schedules=self.schedules)
+        return Layouts(**columns, **{name: getattr(self, name) for name in _TEXTS})
 
     def with_columns(self, **columns: Any) -> Layouts:
         """The same layouts with some columns replaced."""
@@ -212,13 +229,14 @@ class Layouts:
         """The layout at place `i`, with names again."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(Layout):
-            if field.name not in ("stages", "moe_schedule"):
+            if field.name not in ("stages", "moe_schedule", "recompute_layers"):
                 values[field.name] = getattr(self, field.name)[i].item()
         values["sharding"] = SHARDINGS[values["sharding"]]
         values["dispatcher"] = DISPATCHERS[values["dispatcher"]]
         values["recompute"] = names_of(values["recompute"], RECOMPUTE_MODULES)
         values["cuda_graphs"] = names_of(values["cuda_graphs"], GRAPH_SCOPES)
         values["moe_schedule"] = self.schedules[int(self.schedule[i])]
+        values["recompute_layers"] = self.recompute_counts[int(self.recompute_count[i])]
         return Layout(**values, stages=self.stages[int(self.split[i])])
 
     @classmethod
@@ -226,23 +244,25 @@ class Layouts:
         """Columns of the given layouts, in their order."""
         stages = tuple(dict.fromkeys(x.stages for x in layouts))
         schedules = tuple(dict.fromkeys(x.moe_schedule for x in layouts))
+        counts = tuple(dict.fromkeys(x.recompute_layers for x in layouts))
         columns: dict[str, Any] = {f.name: [getattr(x, f.name) for x in layouts] for f in dataclasses.fields(Layout)}
-        del columns["stages"], columns["moe_schedule"]
+        del columns["stages"], columns["moe_schedule"], columns["recompute_layers"]
         columns["sharding"] = [SHARDINGS.index(x) for x in columns["sharding"]]
         columns["dispatcher"] = [DISPATCHERS.index(x) for x in columns["dispatcher"]]
         columns["recompute"] = [mask_of(x, RECOMPUTE_MODULES) for x in columns["recompute"]]
         columns["cuda_graphs"] = [mask_of(x, GRAPH_SCOPES) for x in columns["cuda_graphs"]]
         columns["split"] = [stages.index(x.stages) for x in layouts]
         columns["schedule"] = [schedules.index(x.moe_schedule) for x in layouts]
+        columns["recompute_count"] = [counts.index(x.recompute_layers) for x in layouts]
         kinds = dict.fromkeys(("sequence_parallel", "ep_overlap", "shared_overlap", "tp_overlap", "dp_overlap"), bool)
         arrays = {
             name: np.asarray(values, np.float64 if name == "optimizer_offload" else kinds.get(name, np.int64))
             for name, values in columns.items()
         }
-        return cls(**arrays, stages=stages, schedules=schedules)
+        return cls(**arrays, stages=stages, schedules=schedules, recompute_counts=counts)
 
 
-_TEXTS = ("stages", "schedules")
+_TEXTS = ("stages", "schedules", "recompute_counts")
 """Fields of `Layouts` that are no columns."""
 
 

@@ -8,6 +8,7 @@ as peak allocated. `reserve_bytes` must stay free beside it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +160,21 @@ def mean_parameters(model: Model, layouts: Layouts) -> StageParameters:
         count = model.kind_of_layer.count(k)
         dense, expert = dense + count * held.dense, expert + count * held.expert
     return StageParameters(np.asarray(dense)[of_row] / layouts.pp, np.asarray(expert)[of_row] / layouts.pp, plain=0.0)
+
+
+def least_most_parameters(model: Model, layouts: Layouts) -> StageParameters:
+    """Most dense and most expert parameters of any rank, the fewest that a split leaves, [n]: layers are not cut."""
+    keys, of_row = layouts.distinct("tp", "ep", "etp", "pp")
+    mean = mean_parameters(model, keys)
+    held = [layer_held(kind, model, keys.tp, keys.ep, keys.etp) for kind in model.kinds]
+    counts = [model.kind_of_layer.count(k) for k in range(len(model.kinds))]
+    dense, expert = mean.dense, mean.expert
+    for one, count in zip(held, counts, strict=True):
+        fullest = np.ceil(count / keys.pp)
+        dense, expert = np.maximum(dense, fullest * one.dense), np.maximum(expert, fullest * one.expert)
+    lightest = functools.reduce(np.minimum, (one.dense for one in held))
+    dense = np.maximum(dense, np.ceil(sum(counts) / keys.pp) * lightest)
+    return StageParameters(dense[of_row], expert[of_row], plain=0.0)
 
 
 def gradient_buffers(model: Model, layouts: Layouts) -> Any:

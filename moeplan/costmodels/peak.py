@@ -56,7 +56,7 @@ class MicroBatchMemory:
     """Bytes of one micro-batch, dense and routed parts together, [n] each; see `LayerMemory`."""
 
     saved: Sequence[Any]
-    predicted: Any
+    """By one layer of each column of `Ranks.layers`."""
     working: Any
     again: Any
     logits: Any
@@ -68,10 +68,10 @@ def moment_parts(
 ) -> dict[str, Any]:
     """Bytes by part, [n], that rank k of `ranks` holds at its fullest moment; `step`: in the optimizer step instead."""
     pytorch = workload.era.framework == "pytorch"
-    parts = {"activations": activation_bytes(pp, vpp, ranks, k, batch.saved, batch.predicted, batches)}
+    parts = {"activations": activation_bytes(pp, vpp, ranks, k, batch.saved, batches)}
     if pytorch and pp > 1:
         parts["pipeline buffers"] = batches * batch.sent
-    working = batch.working + batch.again
+    working = batch.working + batch.again * ranks.recomputes[k]
     if ranks.head[k]:
         parts["logits and loss"] = logits = _logits(pp, vpp, ranks, batch, batches, parts["activations"])
         # What PyTorch's FSDP runs report is the reserved pool: blocks that layers left are too small for the loss.
@@ -132,16 +132,16 @@ def in_flight(pp: Any, vpp: Any, rank: Any, batches: Any) -> Any:
     return np.minimum(batches, np.where(np.greater(vpp, 1), pp + (pp - 1 - 2 * rank) / vpp, pp - rank))
 
 
-def activation_bytes(pp: int, vpp: int, ranks: Ranks, k: int, saved: Sequence[Any], predicted: Any, batches: Any) -> Any:
+def activation_bytes(pp: int, vpp: int, ranks: Ranks, k: int, saved: Sequence[Any], batches: Any) -> Any:
     """Saved bytes of all micro-batches that rank k of `ranks` holds at its peak, [n].
 
-    `saved`: of one layer of each kind; `predicted`: of one prediction layer.
+    `saved`: of one layer of each column of `Ranks.layers`.
     """
     if vpp == 1:
-        return np.minimum(batches, pp - ranks.rank[k]) * (_weighted(ranks.kinds[k], saved) + ranks.mtp[k] * predicted)
+        return np.minimum(batches, pp - ranks.rank[k]) * _weighted(ranks.layers[k], saved)
     once, longer = ranks.moments[k]
-    most = _most(_weighted(moment, (*saved, predicted)) for moment in longer)
-    short = most if once is longer else _most(_weighted(moment, (*saved, predicted)) for moment in once)
+    most = _most(_weighted(moment, saved) for moment in longer)
+    short = most if once is longer else _most(_weighted(moment, saved) for moment in once)
     return np.where(batches > pp, most, _share(pp, batches) * short)
 
 
@@ -149,7 +149,7 @@ def _logits(pp: int, vpp: int, ranks: Ranks, batch: MicroBatchMemory, batches: A
     """What the loss takes beyond `activations`, which may be those of another moment, [n]."""
     if vpp == 1:
         return batch.logits
-    meanwhile = _share(pp, batches) * _weighted(ranks.loss, (*batch.saved, batch.predicted))
+    meanwhile = _share(pp, batches) * _weighted(ranks.loss, batch.saved)
     return np.maximum(batch.logits + meanwhile - activations, 0.0)
 
 

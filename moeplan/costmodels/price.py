@@ -18,7 +18,7 @@ import numpy as np
 from moeplan.costmodels.breakdown import Breakdown
 from moeplan.costmodels.bubble import exact_span_s, least_span_s
 from moeplan.costmodels.constants import MEMORY, STEP
-from moeplan.costmodels.layer import DENSE_FIELDS, ROUTED_FIELDS, fold, without_experts
+from moeplan.costmodels.layer_tables import LayerTables, gather
 from moeplan.costmodels.layout import SHARDINGS, Codes, Layouts
 from moeplan.costmodels.memory import (
     StageParameters,
@@ -31,27 +31,26 @@ from moeplan.costmodels.memory import (
     unit_parameters,
 )  # fmt: skip
 from moeplan.costmodels.model import Model
-from moeplan.costmodels.passes import pass_totals
-from moeplan.costmodels.peak import LayerMemory, MicroBatchMemory, dense_memory, moment_parts, routed_memory
+from moeplan.costmodels.peak import MicroBatchMemory, moment_parts
 from moeplan.costmodels.stages import Ranks, all_ranks, binding_ranks, chunk_units, filling
 from moeplan.costmodels.step import (
     DataParallelTime,
     KindCosts,
     StepCost,
-    UnitTime,
     data_parallel_exposed_s,
     data_parallel_times,
     dense_group,
     expert_group,
     send_times,
     sends_exposed_s,
-    unit_times,
 )  # fmt: skip
 from moeplan.costmodels.workload import Workload
 from moeplan.profiles.profile import Profile
 
 SPLIT_FIELDS = ("pp", "vpp", "split")
 """What says which layers stand on which rank."""
+GROUP_FIELDS = (*SPLIT_FIELDS, "recompute_count")
+"""What says besides which of them recompute; layouts that share it are priced together."""
 DENSE_SPREAD = (*SPLIT_FIELDS, "tp", "cp", "dp", "sharding")
 """What the exchange of dense parameters depends on (with the optimizer's offload)."""
 EXPERT_SPREAD = (*SPLIT_FIELDS, "ep", "etp", "edp", "sharding")
@@ -78,10 +77,7 @@ class Pricing:
         self.model, self.profile, self.workload, self.layouts = model, profile, workload, layouts
         self.every_rank, self.exact = every_rank, exact
         self._codes = Codes(layouts)
-        dense = Codes(without_experts(layouts), self._codes, ("recompute",))
-        self._dense, self._dense_of_row = dense.distinct(*DENSE_FIELDS)
-        folded = Codes(fold(layouts), self._codes, ("tp", "cp", "micro_batch", "sequence_parallel", "recompute"))
-        self._routed, self._routed_of_row = folded.distinct(*ROUTED_FIELDS)
+        self.layer_tables = LayerTables(model, profile, workload, layouts, self._codes)
 
     def step_seconds(self) -> Any:
         """Step time of every row, [n]."""
@@ -108,9 +104,14 @@ class Pricing:
     def whole_micro_batch_s(self) -> Any:
         """Seconds of one micro-batch in all stages together, [n]."""
         out = np.empty(len(self.layouts))
+        if any(self.layouts.recompute_counts):
+            for group, rows in self._blocks():
+                counts = chunk_units(*self._split(group)).sum(axis=(0, 1))
+                out[rows] = sum(c * s for c, s in zip(counts, self._unit_seconds(group, rows), strict=True))
+            return out
         for start in range(0, len(out), BLOCK):
             rows = slice(start, min(start + BLOCK, len(out)))
-            out[rows] = sum(u.count * s for u, s in zip(self._units, self._unit_seconds(rows), strict=True))
+            out[rows] = sum(u.count * s for u, s in zip(self.layer_tables.units, self.layer_tables.seconds(rows), strict=True))
         return out
 
     def step_cost(self) -> StepCost:
@@ -137,18 +138,26 @@ class Pricing:
         return Breakdown(unit="bytes", parts=parts)
 
     def kind_costs(self) -> KindCosts:
-        """What one layer of each kind costs under every layout."""
+        """What one layer of each kind costs under every layout where it recomputes what the layout says."""
         states, of_row = self._states
         units = unit_parameters(self.model, self.layouts)
         dense, expert = (sum(table.values())[of_row] for table in (states.dense, states.expert))
-        kinds = range(len(self.model.kinds))
-        totals = list(self._unit_seconds(slice(None)))
-        one, two = self._dense_memory, self._routed_memory
+        kinds, every = range(len(self.model.kinds)), slice(None)
         return KindCosts(
-            seconds=np.stack([totals[k] for k in kinds]),
+            seconds=np.stack(list(self.layer_tables.seconds(every))[: len(kinds)]),
             state_bytes=np.stack([units.dense[k] * dense + units.expert[k] * expert for k in kinds]),
-            saved_bytes=np.stack([one.kinds[k][self._dense_of_row] + two.kinds[k][self._routed_of_row] for k in kinds]),
+            saved_bytes=np.stack(self.layer_tables.saved_bytes(every)[: len(kinds)]),
         )
+
+    def saved_bytes(self) -> Any:
+        """Kept of one micro-batch by a unit of each column of `stages.Ranks.layers`, [columns, n]; for rows of one split."""
+        n = len(self.layouts)
+        return np.stack([np.broadcast_to(s, n) for table in self._tables(0) for s in table.saved_bytes(slice(None))])
+
+    def moment_bytes(self) -> Any:
+        """Held for a moment by every rank looked at in the backward of its widest layer, [K, n]; for rows of one split."""
+        batch = self._micro_batch(0, slice(None))
+        return np.stack([batch.working + batch.again * again for again in self._ranks[0].recomputes])
 
     # -- one block of rows that share a split ----------------------------------------------------------------------------
 
@@ -156,7 +165,7 @@ class Pricing:
         """Seconds of a step by part, [n]; without `detail` all layers are one part, without `exact` waiting is bounded."""
         pp, vpp = self._degrees(group)
         batches = self._batches[rows]
-        units = list(self._unit_seconds(rows))
+        units = list(self._unit_seconds(group, rows))
         # 1. seconds of one micro-batch on the slowest rank, and on all ranks together
         stages = self._stage_seconds(group, rows, units)
         longest = functools.reduce(np.maximum, stages)
@@ -165,7 +174,7 @@ class Pricing:
         waits = self._span(group, rows, units, exact) - batches * longest if pp > 1 else 0.0
         parts["pipeline bubble"] = np.maximum(waits, 0.0)
         dense_place, expert_place = self._dense_spread[1][rows], self._expert_spread[1][rows]
-        inside, across = (_gather(t, self._dense_of_row[rows]) for t in self._sends)
+        inside, across = (gather(t, self.layer_tables.dense_of_row[rows]) for t in self._sends)
         one = np.where(self._stage_in_domain[dense_place], inside, across) if pp > 1 else inside
         parts["pipeline sends"] = sends_exposed_s(one, batches, pp, vpp)
         # 3. once a step: data parallelism, optimizer, overhead
@@ -186,29 +195,30 @@ class Pricing:
 
     def _span(self, group: int, rows: Any, units: list[Any], exact: bool) -> Any:
         """Seconds of the passes of all ranks, [n]: exact, or in closed form from below."""
-        split, batches = (self.model, *self._degrees(group), self._texts[group]), self._batches[rows]
+        split, batches = self._split(group), self._batches[rows]
         least = least_span_s(filling(*split), units, batches)
         if not exact:
             return least
-        dense, routed = self._dense_of_row[rows], self._routed_of_row[rows]
-        there, back = ([_gather(one, dense) + _gather(two, routed) for one, two in way] for way in self._pass_totals)
+        ways = [table.pass_seconds(rows) for table in self._tables(group)]
+        there, back = ([unit for table in ways for unit in table[way]] for way in (0, 1))
         return np.maximum(exact_span_s(chunk_units(*split), there, back, batches), least)
 
     def _stage_seconds(self, group: int, rows: Any, units: list[Any] | None = None) -> list[Any]:
         """Seconds of one micro-batch on each rank looked at, [n] each."""
-        units = list(self._unit_seconds(rows)) if units is None else units
-        return [sum(c * s for c, s in zip(counts, units, strict=True) if c) for counts in self._unit_counts(group)]
+        units = list(self._unit_seconds(group, rows)) if units is None else units
+        return [sum(c * s for c, s in zip(counts, units, strict=True) if c) for counts in self._unit_counts(group).tolist()]
 
     def _layer_parts(self, group: int, rows: Any, stages: list[Any], batches: Any) -> dict[str, Any]:
         """Parts of the slowest rank's work for all micro-batches, [n] each."""
         slowest = np.argmax(np.stack(np.broadcast_arrays(*stages)), axis=0)
-        counts = np.array(list(self._unit_counts(group)))
+        counts = self._unit_counts(group)[slowest].T
         parts: dict[str, Any] = {}
-        for u, unit in enumerate(self._units):
-            mine = batches * counts[slowest, u]
+        units = [(table, unit) for table in self._tables(group) for unit in table.units]
+        for (layers, unit), count in zip(units, counts, strict=True):
+            mine = batches * count
             for table, keys, place in (
-                (unit.dense, self._dense, self._dense_of_row),
-                (unit.routed, self._routed, self._routed_of_row),
+                (unit.dense, layers.dense, layers.dense_of_row),
+                (unit.routed, layers.routed, layers.routed_of_row),
             ):
                 for name, seconds in table.items():
                     path = f"{unit.name}/{name}"
@@ -218,43 +228,46 @@ class Pricing:
     def _memory(self, group: int, rows: Any, *, detail: bool = False) -> Iterator[dict[str, Any]]:
         """Peak bytes of each rank looked at by part, [n]; without `detail` in few parts."""
         (pp, vpp), ranks, batches = self._degrees(group), self._ranks[group], self._batches[rows]
-        dense, routed = self._dense_of_row[rows], self._routed_of_row[rows]
-        one, two = self._dense_memory, self._routed_memory
-        saved = [_gather(kept, dense) for kept in one.kinds]
-        saved = [s + _gather(two.kinds[k], routed) if self.model.kinds[k].is_moe else s for k, s in enumerate(saved)]
-        batch = MicroBatchMemory(
-            saved=saved,
-            predicted=_gather(one.mtp, dense) + _gather(two.mtp, routed) if self.model.mtp else 0.0,
-            working=np.maximum(_gather(one.working, dense), _gather(two.working, routed)),
-            again=_gather(one.again, dense) + _gather(two.again, routed) if self._recomputes else 0.0,
-            logits=_gather(one.logits, dense) if ranks.head.any() else 0.0,
-            sent=_gather(one.sent, dense) if pp > 1 else 0.0,
-        )
+        batch = self._micro_batch(group, rows)
         held, place, spread = self._parameters[group], self._held_of_row[rows], self._states[1][rows]
-        each = [{n: _gather(v, spread) for n, v in table.items()} for table in self._state_tables(detail)]
-        copies = [_gather(v, spread) for v in self._states[0].step]
+        each = [{n: gather(v, spread) for n, v in table.items()} for table in self._state_tables(detail)]
+        copies = [gather(v, spread) for v in self._states[0].step]
         for k in range(len(ranks.rank)):
-            counts = [_gather(v[k], place) for v in (held.dense, held.expert, held.plain)[: len(each)]]
+            counts = [gather(v[k], place) for v in (held.dense, held.expert, held.plain)[: len(each)]]
             parts = {n: sum(c * t[n] for c, t in zip(counts, each, strict=True) if n in t) for n in each[0]}
-            parts["buffers"] = _gather(self._buffers, place)
+            parts["buffers"] = gather(self._buffers, place)
             step = sum(c * v for c, v in zip(counts, copies, strict=False))
             yield parts | moment_parts(self.workload, pp, vpp, ranks, k, batch, batches, step)
 
-    def _unit_seconds(self, rows: Any) -> Iterator[Any]:
-        """Seconds of one micro-batch in each unit, [n]."""
-        dense, routed = self._dense_of_row[rows], self._routed_of_row[rows]
-        for one, two in self._unit_totals:
-            yield _gather(one, dense) if two is None else _gather(one, dense) + _gather(two, routed)
+    def _micro_batch(self, group: int, rows: Any) -> MicroBatchMemory:
+        """What one micro-batch keeps or needs for a moment."""
+        layers = self.layer_tables
+        dense, routed = layers.dense_of_row[rows], layers.routed_of_row[rows]
+        one, two = layers.dense_memory, layers.routed_memory
+        return MicroBatchMemory(
+            saved=[bytes_ for table in self._tables(group) for bytes_ in table.saved_bytes(rows)],
+            working=np.maximum(gather(one.working, dense), gather(two.working, routed)),
+            again=gather(one.again, dense) + gather(two.again, routed) if self._recomputes else 0.0,
+            logits=gather(one.logits, dense) if self._ranks[group].head.any() else 0.0,
+            sent=gather(one.sent, dense) if self._degrees(group)[0] > 1 else 0.0,
+        )
+
+    def _unit_seconds(self, group: int, rows: Any) -> Iterator[Any]:
+        """Seconds of one micro-batch in each unit, [n]; those without recompute last where only some layers recompute."""
+        for table in self._tables(group):
+            yield from table.seconds(rows)
 
     def _state_tables(self, detail: bool) -> list[dict[str, Any]]:
         """Bytes of a dense and of an expert parameter, and of what embedding and head cost beyond, by part or in one sum."""
         return self._states[0].tables if detail else self._state_sums
 
-    def _unit_counts(self, group: int) -> Iterator[list[float]]:
-        """How many of each unit every rank looked at holds."""
-        ranks = self._ranks[group]
-        for k in range(len(ranks.rank)):
-            yield [*ranks.kinds[k].tolist(), float(ranks.head[k]), *([float(ranks.mtp[k])] if self.model.mtp else [])]
+    def _unit_counts(self, group: int) -> Any:
+        """How many of each unit every rank looked at holds, [K, units]."""
+        return chunk_units(*self._split(group)).sum(axis=1)[self._ranks[group].rank.astype(np.int64)]
+
+    def _tables(self, group: int) -> list[LayerTables]:
+        """Tables of the units, those without recompute last where only some layers recompute."""
+        return [self.layer_tables, self._plain] if self._texts[group][1] else [self.layer_tables]
 
     # -- tables, made when first needed ----------------------------------------------------------------------------------
 
@@ -276,7 +289,7 @@ class Pricing:
 
     @functools.cached_property
     def _splits(self) -> tuple[Layouts, Any]:
-        return self._codes.distinct(*SPLIT_FIELDS)
+        return self._codes.distinct(*GROUP_FIELDS)
 
     def _degrees(self, group: int) -> tuple[int, int]:
         splits = self._splits[0]
@@ -285,11 +298,23 @@ class Pricing:
     @functools.cached_property
     def _ranks(self) -> list[Ranks]:
         choose = all_ranks if self.every_rank else binding_ranks
-        return [choose(self.model, *self._degrees(g), text) for g, text in enumerate(self._texts)]
+        return [choose(*self._split(g)) for g in range(len(self._splits[0]))]
+
+    def _split(self, group: int) -> tuple[Model, int, int, str, str]:
+        """What says which layers stand in which chunk, and which of them recompute."""
+        return self.model, *self._degrees(group), *self._texts[group]
 
     @functools.cached_property
-    def _texts(self) -> list[str]:
-        return [self._splits[0].stages[int(s)] for s in self._splits[0].split]
+    def _texts(self) -> list[tuple[str, str]]:
+        x = self._splits[0]
+        return [(x.stages[s], x.recompute_counts[c]) for s, c in zip(x.split, x.recompute_count, strict=True)]
+
+    @functools.cached_property
+    def _plain(self) -> LayerTables:
+        """Tables without recompute of the rows whose chunks recompute only some layers."""
+        some = np.array([bool(text) for text in self.layouts.recompute_counts])[self.layouts.recompute_count]
+        given = self.model, self.profile, self.workload, self.layouts
+        return LayerTables.without_recompute(*given, np.flatnonzero(some))
 
     @functools.cached_property
     def _batches(self) -> Any:
@@ -300,35 +325,8 @@ class Pricing:
         return max((len(r.rank) for r in self._ranks), default=1)
 
     @functools.cached_property
-    def _units(self) -> list[UnitTime]:
-        return unit_times(self.model, self.profile, self.workload, self._dense, self._routed)
-
-    @functools.cached_property
-    def _unit_totals(self) -> list[tuple[Any, Any]]:
-        """All parts of a unit together, dense and routed (None where it has no experts)."""
-        return [
-            (
-                np.broadcast_to(sum(u.dense.values()), len(self._dense)),
-                np.broadcast_to(sum(u.routed.values()), len(self._routed)) if u.routed else None,
-            )
-            for u in self._units
-        ]
-
-    @functools.cached_property
-    def _pass_totals(self) -> list[list[tuple[Any, Any]]]:
-        return pass_totals(self.model, self.profile, self.workload, self._dense, self._routed)
-
-    @functools.cached_property
     def _sends(self) -> tuple[Any, Any]:
-        return send_times(self.model, self.profile, self.workload, self._dense)
-
-    @functools.cached_property
-    def _dense_memory(self) -> LayerMemory:
-        return dense_memory(self.model, self.workload, self._dense)
-
-    @functools.cached_property
-    def _routed_memory(self) -> LayerMemory:
-        return routed_memory(self.model, self.workload, self._routed)
+        return send_times(self.model, self.profile, self.workload, self.layer_tables.dense)
 
     @functools.cached_property
     def _recomputes(self) -> bool:
@@ -397,15 +395,13 @@ class Pricing:
         keys, of_row = spread.distinct(*SPLIT_FIELDS, "tp", "ep", "etp")
         dense, expert = np.empty(len(keys)), np.empty(len(keys))
         units = unit_parameters(self.model, keys)
-        splits = self._splits[0]
-        for g in range(len(splits)):
-            rows = np.flatnonzero((keys.pp == splits.pp[g]) & (keys.vpp == splits.vpp[g]) & (keys.split == splits.split[g]))
+        splits, seen = self._splits[0], set()
+        for g, (pp, vpp, split) in enumerate(zip(splits.pp, splits.vpp, splits.split, strict=True)):
+            if (pp, vpp, split) in seen:  # which layers recompute says nothing of parameters
+                continue
+            seen.add((pp, vpp, split))
+            rows = np.flatnonzero((keys.pp == pp) & (keys.vpp == vpp) & (keys.split == split))
             some = UnitParameters(units.dense[:, rows], units.expert[:, rows])
             held = rank_parameters(self.model, self._ranks[g], some)
             dense[rows], expert[rows] = held.dense.max(axis=0), held.expert.max(axis=0)
         return UnitParameters(dense[of_row], expert[of_row])
-
-
-def _gather(values: Any, places: Any) -> Any:
-    """`values` along the last axis at `places`."""
-    return np.take(values, places, axis=-1, mode="clip")

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from moeplan.costmodels.counts import attention_flops_per_token, layer_weights, mtp_weights
 from moeplan.costmodels.model import Layer, Model
 from moeplan.costmodels.moments import compositions
+from moeplan.costmodels.recompute import recomputed_layers
 from moeplan.errors import LayoutError
 
 Floats = npt.NDArray[np.float64]
@@ -163,11 +164,16 @@ class Ranks:
     """Copies of the embedding: where tokens enter, and where prediction layers stand in another chunk, [K]."""
     norms: Floats
     """Final norms: with the head; beside the last decoder layer if prediction layers follow it, but in Mamba hybrids, [K]."""
+    recomputes: Floats
+    """1 where a layer of the rank recomputes something, if the layout does at all, [K]."""
+    layers: Floats
+    """Layers of each kind and prediction layers; where only some recompute, those that do before those that do not,
+    [K, kinds + 1] or [K, 2 (kinds + 1)]."""
     moments: tuple[tuple[Floats, Floats], ...]
-    """Of each rank of several chunks, when it can be fullest: layers of each kind and prediction layers times micro-batches in
-    flight, [moments, kinds + 1]. Those of steps of pp micro-batches, and of longer ones. Empty for ranks of one chunk."""
+    """Of each rank of several chunks, when it can be fullest: its `layers` times micro-batches in flight, [moments, columns].
+    Those of steps of pp micro-batches, and of longer ones. Empty for ranks of one chunk."""
     loss: Floats
-    """The same on the rank with the head while it works on its last chunk: one micro-batch there, pp in others, [kinds + 1]."""
+    """The same on the rank with the head while it works on its last chunk: one micro-batch there, pp in others, [columns]."""
 
 
 def chunk_letters(model: Model, pp: int, vpp: int, split: str) -> tuple[str, ...]:
@@ -183,20 +189,39 @@ def chunk_letters(model: Model, pp: int, vpp: int, split: str) -> tuple[str, ...
 
 
 @functools.lru_cache(maxsize=4096)
-def chunk_units(model: Model, pp: int, vpp: int, split: str) -> Floats:
-    """How many units every chunk of every rank holds, [pp, vpp, units]: layers of each kind, the head, prediction layers."""
+def chunk_units(model: Model, pp: int, vpp: int, split: str, recompute: str = "") -> Floats:
+    """How many units every chunk of every rank holds, [pp, vpp, units]: layers of each kind, the head, prediction layers.
+
+    `recompute`: how many layers of each chunk recompute; unless it is empty, the same units follow without recompute.
+    """
     kinds = len(model.kinds)
-    out = np.zeros((pp, vpp, kinds + 1 + bool(model.mtp)))
-    layer = 0
-    for c, chunk in enumerate(chunk_letters(model, pp, vpp, split)):
-        row = out[c % pp, c // pp]
+    width = kinds + 1 + bool(model.mtp)
+    out = np.zeros((pp, vpp, 2 * width if recompute else width))
+    for c, units in enumerate(chunk_pieces(model, pp, vpp, split, recompute)):
+        for unit in units:
+            out[c % pp, c // pp, unit] += 1
+    return out
+
+
+def chunk_pieces(model: Model, pp: int, vpp: int, split: str, recompute: str = "") -> list[list[int]]:
+    """The units of every chunk of the model in their order, as their places in `chunk_units`."""
+    kinds = len(model.kinds)
+    without = kinds + 1 + bool(model.mtp)
+    chunks = chunk_letters(model, pp, vpp, split)
+    counts = recomputed_layers(recompute, [chunk.count("t") for chunk in chunks])
+    out, layer = [], 0
+    for chunk, left in zip(chunks, counts, strict=True):
+        units = []
         for letter in chunk:
             if letter == "t":
                 if layer < len(model.layers):
-                    row[model.kind_of_layer[layer]] += 1
-                layer += 1
-            elif letter != "E":
-                row[kinds + (letter == "m")] += 1
+                    units.append(model.kind_of_layer[layer] + (0 if left > 0 else without))
+                layer, left = layer + 1, left - 1
+            elif letter == "L":
+                units.append(kinds)
+            elif letter == "m":
+                units.append(kinds + 1 + (without if recompute else 0))
+        out.append(units)
     return out
 
 
@@ -219,9 +244,9 @@ class Fill:
 
 
 @functools.lru_cache(maxsize=4096)
-def filling(model: Model, pp: int, vpp: int, split: str) -> Fill:
+def filling(model: Model, pp: int, vpp: int, split: str, recompute: str = "") -> Fill:
     """The first and the last of the ranks that hold the same; interleaved, those that no later rank holds as much as."""
-    units = chunk_units(model, pp, vpp, split)
+    units = chunk_units(model, pp, vpp, split, recompute)
     held = units.sum(axis=1)
     before = np.cumsum(units[:, 0], axis=0) - units[:, 0]
     behind = held.sum(axis=0) - np.cumsum(held, axis=0)
@@ -255,36 +280,38 @@ def _contents(model: Model, pp: int, vpp: int, split: str) -> Floats:
     return np.column_stack([rank_contents(model, pp, vpp, split), ends, np.arange(pp)])
 
 
-def _chunk_layers(model: Model, pp: int, vpp: int, split: str) -> Floats:
-    """Layers of each kind and prediction layers in every chunk of every rank, [pp, vpp, kinds + 1]."""
-    units, kinds = chunk_units(model, pp, vpp, split), len(model.kinds)
-    return np.concatenate([units[..., :kinds], units[..., kinds + 1 :].sum(axis=-1, keepdims=True)], axis=-1)
+def chunk_layers(model: Model, pp: int, vpp: int, split: str, recompute: str = "") -> Floats:
+    """Layers of each kind and prediction layers in every chunk of every rank, as in `Ranks.layers`, [pp, vpp, columns]."""
+    units, kinds = chunk_units(model, pp, vpp, split, recompute), len(model.kinds)
+    parts = np.split(units, 2, axis=-1) if recompute else [units]
+    columns = [(part[..., :kinds], part[..., kinds + 1 :].sum(axis=-1, keepdims=True)) for part in parts]
+    return np.concatenate([column for pair in columns for column in pair], axis=-1)
 
 
 @functools.lru_cache(maxsize=4096)
-def all_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
+def all_ranks(model: Model, pp: int, vpp: int, split: str, recompute: str = "") -> Ranks:
     """Every rank of a split."""
-    return _ranks(pp, _contents(model, pp, vpp, split), _chunk_layers(model, pp, vpp, split))
+    return _ranks(model, pp, _contents(model, pp, vpp, split), chunk_layers(model, pp, vpp, split, recompute), recompute)
 
 
 @functools.lru_cache(maxsize=4096)
-def binding_ranks(model: Model, pp: int, vpp: int, split: str) -> Ranks:
+def binding_ranks(model: Model, pp: int, vpp: int, split: str, recompute: str = "") -> Ranks:
     """The ranks that can be slowest or fullest: those that no earlier one dominates by holding as much of everything or more.
 
     That is chunk by chunk: at any moment of a rank an earlier one has as many micro-batches in flight in each chunk, or more.
     """
-    table, layers = _contents(model, pp, vpp, split), _chunk_layers(model, pp, vpp, split)
+    table, layers = _contents(model, pp, vpp, split), chunk_layers(model, pp, vpp, split, recompute)
     measure = np.column_stack([table[:, :-1], layers.reshape(pp, -1)])
     rows: list[int] = []
     for rank in range(pp):
         if not (measure[rows] >= measure[rank]).all(axis=1).any():
             rows.append(rank)
-    return _ranks(pp, table[rows], layers[rows])
+    return _ranks(model, pp, table[rows], layers[rows], recompute)
 
 
-def _ranks(pp: int, table: Floats, layers: Floats) -> Ranks:
-    """Rows of `_contents` and of `_chunk_layers`."""
-    kinds = layers.shape[-1] - 1
+def _ranks(model: Model, pp: int, table: Floats, layers: Floats, recompute: str) -> Ranks:
+    """Rows of `_contents` and of `chunk_layers`."""
+    kinds, held = len(model.kinds), layers.sum(axis=1)
     embedding, head, mtp, copies, norms, rank = table[:, kinds:].T
     return Ranks(
         rank=rank,
@@ -294,6 +321,8 @@ def _ranks(pp: int, table: Floats, layers: Floats) -> Ranks:
         mtp=mtp,
         copies=copies,
         norms=norms,
+        recomputes=held[:, :kinds].any(axis=1).astype(np.float64) if recompute else np.ones(len(rank)),
+        layers=held,
         moments=_moments(pp, rank, layers) if layers.shape[1] > 1 else (),
         loss=pp * layers[-1, :-1].sum(axis=0) + layers[-1, -1],
     )

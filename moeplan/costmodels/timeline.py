@@ -315,8 +315,8 @@ def _held(pricing: Pricing, inside: Contents) -> HeldBytes:
     states = state_bytes(pricing.model, pricing.profile.cluster.device, pricing.workload, pricing.layouts)
     copies = (counts * each for counts, each in zip((held.dense, held.expert), states.step, strict=False))
     base = np.asarray(sum(value for name, value in parts.items() if name not in _MOMENTS))
-    # The first rank's working set is that of a layer; in the chunk with the head it stands in the loss, or beside PyTorch's.
-    moment = np.full(inside.saved_bytes.shape, parts["working set"][0])
+    # The working set is that of a layer; in the chunk with the head it stands in the loss, or beside PyTorch's.
+    moment = np.repeat(pricing.moment_bytes(), inside.saved_bytes.shape[1], axis=1)
     logits = float(head_bytes(pricing.model, pricing.workload, pricing.layouts)[0])
     working = parts["working set"][-1]
     if pricing.workload.era.framework == "pytorch":

@@ -110,6 +110,8 @@ class Deviations:
     """Of a curve that was scaled from a relative, besides its own error."""
     floor: float
     """Of the ratio of two steps on the same machine, besides their parts: kernels of other shapes, repeats of one run."""
+    memory: float
+    """Of the peak allocated: scale of Student's law with 4 degrees of freedom."""
     kinds: Mapping[str, float]
     """By kind of part, besides the errors of its curves."""
     regimes: Mapping[str, Regime]
@@ -174,6 +176,12 @@ def sigmas(profile: Profile, workload: Workload, beyond: Collection[str] = ()) -
 def step_sigma(share: Any, sigma: Any, common: Any) -> Any:
     """Standard deviation of the log of a step time, given its shares [kinds, ...] and the deviations of the kinds [kinds]."""
     return np.sqrt(common**2 + np.tensordot(sigma**2, share**2, axes=(0, 0)))
+
+
+def student_tail(t: Any) -> Any:
+    """Probability that a variable of Student's law with 4 degrees of freedom exceeds `t`."""
+    u = t / np.sqrt(4.0 + np.square(t))
+    return 0.5 - 0.75 * (u - u**3 / 3.0)
 
 
 def difference_parts(first: Any, second: Any, sigma: Any) -> Any:

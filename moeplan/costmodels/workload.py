@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,8 @@ from moeplan.records import from_mapping, load_yaml
 MOST_TOKENS, MOST_SEQUENCES = 100_000_000, 10_000_000
 """Longer sequences and larger batches are taken for slips."""
 
+KEPT = "-bf16-weights"
+"""Ends the name of an FP8 recipe whose weights are in bf16 and quantised anew every step, Megatron's default."""
 _CATALOG = Path(__file__).parent / "catalog"
 
 
@@ -100,7 +102,14 @@ class Era:
 @functools.cache
 def _precisions() -> dict[str, Precision]:
     data = load_yaml(_CATALOG / "precisions.yaml", "catalog")
-    return {n: from_mapping(Precision, {"name": n, **v}, f"precisions.yaml, {n}") for n, v in data.items()}
+    recipes = {n: from_mapping(Precision, {"name": n, **v}, f"precisions.yaml, {n}") for n, v in data.items()}
+    return recipes | {n + KEPT: _kept(p) for n, p in recipes.items() if p.primary_quantized}
+
+
+def _kept(recipe: Precision) -> Precision:
+    """A recipe without quantised primary weights: these are kept in bf16 too, and gathered so."""
+    words = tuple(word for word in recipe.megatron if word not in ("--fp8-param-gather", "--reuse-grad-buf-for-mxfp8-param-ag"))
+    return replace(recipe, name=recipe.name + KEPT, primary_quantized=False, aliases=(), megatron=words)
 
 
 @functools.cache

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.costmodels.layout import GRAPH_SCOPES, RECOMPUTE_MODULES, Layouts, mask_of
+from moeplan.costmodels.layout import GRAPH_SCOPES, RECOMPUTE_MODULES, Layout, Layouts, mask_of
 from moeplan.costmodels.model import Attention, LatentAttention, Mlp, Moe
 from moeplan.costmodels.moe_choice import parse_choices
+from moeplan.costmodels.recompute import check_counts, parse_counts
+from moeplan.costmodels.stages import chunk_letters
 from moeplan.planner.problem import Problem
 from moeplan.planner.rules import Rule, blocks
 
@@ -122,6 +124,39 @@ def _overlap_recompute(p: Problem, x: Layouts) -> Any:
 
 def _full_alone(p: Problem, x: Layouts) -> Any:
     return x.recomputes("full") & (x.recompute != mask_of(["full"], RECOMPUTE_MODULES))
+
+
+def _counts_fault(p: Problem, x: Layout) -> str | None:
+    """What is wrong with a layout that recomputes some layers of its chunks; None if nothing."""
+    chunks = chunk_letters(p.model, x.pp, x.vpp, x.stages)
+    layers = [chunk.count("t") for chunk in chunks]
+    if fault := check_counts(x.recompute_layers, layers):
+        return fault
+    if not x.recompute:
+        return "nothing is recomputed"
+    if p.target != "megatron":
+        return None
+    said = parse_counts(x.recompute_layers)
+    if not isinstance(said, int):
+        return "Megatron takes one number for all chunks"
+    if x.recompute != ("full",):
+        return f"Megatron recomputes {'+'.join(x.recompute)} in all layers"
+    if not said:
+        return "Megatron takes a number of at least 1"
+    # A number that covers all layers still says that prediction layers do not recompute.
+    if said > max(layers) or said == max(layers) and not p.model.mtp:
+        return f"{said} leaves out no layer of a chunk: the largest has {max(layers)}"
+    return None
+
+
+def _recompute_layers(p: Problem, x: Layouts) -> Any:
+    out = np.zeros(len(x), np.bool_)
+    if any(x.recompute_counts):
+        rows = np.flatnonzero(np.array([bool(text) for text in x.recompute_counts])[x.recompute_count])
+        keys, of_row = x.take(rows).distinct("pp", "vpp", "split", "recompute_count", "recompute")
+        faults = [_counts_fault(p, keys.row(i)) is not None for i in range(len(keys))]
+        out[rows] = np.array(faults, np.bool_)[of_row]
+    return out
 
 
 def _recompute_blocks(p: Problem, x: Layouts) -> Any:
@@ -244,6 +279,12 @@ FEATURE_RULES: tuple[Rule, ...] = (
     Rule(
         "recompute-full", "recompute", "recompute of whole layers takes no module list", _full_alone,
         lambda p, x: f"recompute of {'+'.join(x.recompute)}: 'full' stands alone",
+    ),
+    Rule(
+        "recompute-layers", "recompute",
+        "recompute of some layers: whole ones, and one number for all chunks that leaves one out (ours; research takes any)",
+        _recompute_layers, lambda p, x: f"recompute_layers '{x.recompute_layers}': {_counts_fault(p, x)}",
+        "leave recompute_layers out to recompute in all layers",
     ),
     Rule(
         "recompute-blocks", "recompute", "mla_up_proj needs latent attention, moe_act needs experts", _recompute_blocks,

@@ -9,6 +9,8 @@ the ranks that share dense parameters; expert gradients count as many bytes as t
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ from moeplan.costmodels.model import Layer, Moe
 from moeplan.costmodels.moe.base import AlphaBeta
 from moeplan.costmodels.moe.gradients import BackwardLayer, Partition, Slot, exposed_s, greedy, partition
 from moeplan.costmodels.moe_choice import DEGREES, parse_choices
+from moeplan.costmodels.recompute import recomputed_layers
 from moeplan.costmodels.scheduled import RoutedLayer, makespans
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.costmodels.step import dense_group, expert_group
@@ -57,16 +60,18 @@ def gradient_windows(problem: Problem, layout: Layout, stage_s: Sequence[float])
         return None
     stage = int(np.argmax(stage_s))
     places = _layers_of(problem, layout, stage)[::-1]
+    recomputed = _recomputed(problem, layout)
     line = _line(problem, dense_group(problem.profile, Layouts.of([layout])))
     if line is None or not places:
         return None
-    known: dict[Layer, BackwardLayer] = {}
+    plain = dataclasses.replace(layout, recompute=(), recompute_layers="")
+    known: dict[tuple[Layer, bool], BackwardLayer] = {}
     layers = []
     for place in places:
-        kind = problem.model.layers[place]
-        if kind not in known:
-            known[kind] = _backward(problem, layout, kind, line)
-        layers.append(known[kind])
+        kind, again = key = problem.model.layers[place], place in recomputed
+        if key not in known:
+            known[key] = _backward(problem, layout if again else plain, kind, line)
+        layers.append(known[key])
     windows_s = sum(slot.seconds(0.0, line) for layer in layers for slot in layer.slots)
     best = partition(layers, line)
     return GradientWindows(
@@ -88,6 +93,14 @@ def _layers_of(problem: Problem, layout: Layout, stage: int) -> list[int]:
         place += letters.count("t")
         out += held if chunk % layout.pp == stage else []
     return out
+
+
+def _recomputed(problem: Problem, layout: Layout) -> set[int]:
+    """Places of the decoder layers that recompute what the layout says."""
+    sizes = [chunk.count("t") for chunk in chunk_letters(problem.model, layout.pp, layout.vpp, layout.stages)]
+    counts = recomputed_layers(layout.recompute_layers, sizes)
+    starts = itertools.accumulate(sizes, initial=0)
+    return {place for start, count in zip(starts, counts, strict=False) for place in range(start, start + count)}
 
 
 def _line(problem: Problem, where: Group) -> AlphaBeta | None:

@@ -10,12 +10,14 @@ comes last, as one edit. Units: seconds, bytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moeplan.costmodels.layout import Layout
-from moeplan.costmodels.stages import balanced_split, check_split
+from moeplan.costmodels.recompute import parse_counts
+from moeplan.costmodels.stages import balanced_split, check_split, chunk_letters
 from moeplan.errors import MoeplanError
 from moeplan.planner.constraints import violations
 from moeplan.planner.plan import Plan, price_plan
@@ -24,8 +26,8 @@ from moeplan.planner.problem import Problem
 LEAST = 0.005
 """Share of the step that an edit must bring."""
 GROUPS: tuple[tuple[str, ...], ...] = (
-    ("dispatcher", "ep_overlap", "shared_overlap", "tp_overlap", "dp_overlap", "cuda_graphs", "recompute", "sharding",
-     "optimizer_offload", "sequence_parallel"),
+    ("dispatcher", "ep_overlap", "shared_overlap", "tp_overlap", "dp_overlap", "cuda_graphs", "recompute",
+     "recompute_layers", "sharding", "optimizer_offload", "sequence_parallel"),
     ("micro_batch", "vpp", "stages"),
     ("tp", "cp", "pp", "ep", "etp"),
 )  # fmt: skip
@@ -69,7 +71,8 @@ class Improvement:
 def improve(plan: Plan, best: Plan) -> Improvement:
     """Edits of `plan` towards `best`, the best plan of the same problem."""
     best = dataclasses.replace(best, imported=plan.imported)
-    singles = sorted(_edits(plan, best, [name for group in GROUPS for name in group]), key=lambda e: -e.gain)
+    priced = functools.cache(lambda layout: price_plan(plan.problem, layout, imported=plan.imported))
+    singles = sorted(_edits(plan, best, [name for group in GROUPS for name in group], priced), key=lambda e: -e.gain)
     once = {edit.fields: edit for edit in reversed(singles)}  # of each field the value that brings most
     path, now = [], plan
     if now.excess_bytes > 0:  # what makes it fit comes first, or there is no way but the whole one
@@ -78,7 +81,7 @@ def improve(plan: Plan, best: Plan) -> Improvement:
     for group in GROUPS:
         left = [name for name in group if now.layout != best.layout]
         while left:
-            found = max(_edits(now, best, left), key=lambda edit: edit.gain, default=None)
+            found = max(_edits(now, best, left, priced), key=lambda edit: edit.gain, default=None)
             if found is None:
                 break
             path.append(found)
@@ -89,7 +92,7 @@ def improve(plan: Plan, best: Plan) -> Improvement:
     return Improvement(plan=plan, singles=tuple(sorted(once.values(), key=lambda e: -e.gain)), path=tuple(path), best=best)
 
 
-def _edits(plan: Plan, best: Plan, names: Sequence[str]) -> list[Edit]:
+def _edits(plan: Plan, best: Plan, names: Sequence[str], priced: Callable[[Layout], Plan]) -> list[Edit]:
     """Single edits of the named fields that bring something: time, or that a plan fits which does not."""
     out = []
     too_large = plan.excess_bytes > 0
@@ -98,8 +101,7 @@ def _edits(plan: Plan, best: Plan, names: Sequence[str]) -> list[Edit]:
             layout = _changed(plan.problem, plan.layout, name, value)
             if layout is None or layout == plan.layout or violations(plan.problem, layout):
                 continue
-            after = price_plan(plan.problem, layout, imported=plan.imported)
-            edit = Edit(fields=(name,), before=plan, after=after)
+            edit = Edit(fields=(name,), before=plan, after=priced(layout))
             if edit.after.excess_bytes <= 0 and (too_large or edit.gain > LEAST):
                 out.append(edit)
     return out
@@ -111,15 +113,27 @@ def _values(problem: Problem, layout: Layout, best: Layout, name: str) -> Iterat
     found: list[Any] = [wanted]
     if name in _SWITCHES:
         found.append(not now)
-    elif name == "dispatcher" and problem.model.moe is not None:
-        found += problem.workload.era.dispatchers
+    elif name == "dispatcher":
+        found += problem.workload.era.dispatchers if problem.model.moe is not None else ()
     elif name == "stages":
         found.append("")
+    elif name == "recompute_layers":
+        found += _fewer_or_more(problem, layout)
     elif name in ("recompute", "cuda_graphs"):
         found += [(), *((*now[:i], *now[i + 1 :]) for i in range(len(now)))]
     elif name not in ("sharding", "optimizer_offload"):
         found += [now * 2, *([now // 2] if now % 2 == 0 else [])]
     yield from (value for value in dict.fromkeys(found) if value != now)
+
+
+def _fewer_or_more(problem: Problem, layout: Layout) -> list[str]:
+    """Texts of recompute in all layers, in one more or one less of every chunk, in half of them, and in one."""
+    if not layout.recompute:
+        return [""]
+    chunks = chunk_letters(problem.model, layout.pp, layout.vpp, layout.stages)
+    most, now = max(chunk.count("t") for chunk in chunks), parse_counts(layout.recompute_layers)
+    count = now if isinstance(now, int) else most
+    return ["", *(str(n) for n in (count - 1, count + 1, count // 2, 1) if 1 <= n <= most)]
 
 
 def _changed(problem: Problem, layout: Layout, name: str, value: Any) -> Layout | None:
@@ -140,9 +154,17 @@ def _changed(problem: Problem, layout: Layout, name: str, value: Any) -> Layout 
         if "stages" not in values and not _split_fits(problem, layout.stages, degrees):
             chunks = degrees["pp"] * degrees["vpp"]
             values["stages"] = balanced_split(problem.model, problem.workload.seq_len, chunks)
-        return dataclasses.replace(layout, **values)
+        changed = dataclasses.replace(layout, **values)
     except MoeplanError:
         return None
+    if name != "recompute_layers" and changed.recompute_layers and not _counts_fit(problem, changed):
+        changed = dataclasses.replace(changed, recompute_layers="")
+    return changed
+
+
+def _counts_fit(problem: Problem, layout: Layout) -> bool:
+    """Whether the number of recomputed layers still goes with what they recompute and with the chunks."""
+    return all(v.rule != "recompute-layers" for v in violations(problem, layout))
 
 
 def _split_fits(problem: Problem, stages: str, degrees: dict[str, int]) -> bool:

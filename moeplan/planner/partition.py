@@ -1,14 +1,13 @@
 """Two partitions by mixed-integer programmes: layers to pipeline chunks, and gradients to windows of the backward pass.
 
-Layers: the split whose slowest rank is fastest, within memory.
-    minimise    T
-    rank time   fixed_r + sum of seconds of the layers on rank r         <= T          for every rank r
-    rank memory base_r + sum of (state + in-flight x saved) of them      <= limit      for every rank r
+Layers: the split with the least closed form of a step's passes within memory (`stage_problem.py`, which has its dynamic
+programme).
+    minimise    Z
+    rank time   m t_r + before_r [+ waits_r]                             <= Z          for every rank r
+    rank memory base + sum of (state + in-flight x saved) of its layers  <= limit      for every rank and moment
     order       a chunk has layers of a run of equal layers only if all runs before it end there at the latest
-    filled      no chunk but the last is empty
-Chunk c runs on rank c mod ranks, so with virtual stages a rank's sum runs over several chunks. The step time falls with T
-alone, since m max(t) + (sum(t) - max(t)) / v has a fixed sum. `split_by_programme` is the exact dynamic programme for one
-chunk a rank, which tests compare with.
+    sizes       every chunk has as many layers as it must and may have
+All of t_r, before_r and waits_r are linear in the layers of the chunks.
 
 Gradients: the bytes x and the chunkings z of the windows w that make the backward pass of FSMoE shortest (why it is enough to
 choose among these, and what a choice c costs and holds, is in `costmodels/moe/gradients.py`, whose `partition` is the twin).
@@ -26,6 +25,7 @@ Solved with PuLP: HiGHS where it is installed, the CBC that PuLP brings otherwis
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,57 +36,38 @@ import pulp  # type: ignore[import-untyped]
 
 from moeplan.costmodels.moe.base import AlphaBeta
 from moeplan.costmodels.moe.gradients import BackwardLayer, Partition, Window, filled, windows
-from moeplan.errors import ProblemError
+from moeplan.planner.stage_problem import StageProblem, waits
 
 GAIN = 1e4
 """What all gradients that can be hidden are worth in the objective: CBC takes steps of 1e-5 for none."""
+NODES = 500
+"""Nodes of the search for a split after which it is given up: a count, so that the answer does not depend on the machine."""
 GAP = 1e-9
 """Share of that by which a solution is called the best."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageProblem:
-    """What the split of layers depends on. Sequences over layers have L entries, over ranks R."""
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Answer of a mixed-integer programme on a stage problem."""
 
-    ranks: int
-    chunks_per_rank: int
-    layer_s: Sequence[float]
-    """Seconds of one micro-batch in each layer, forward and backward."""
-    layer_state_bytes: Sequence[float]
-    """Bytes of weights, gradients and optimizer states of each layer on a rank."""
-    layer_saved_bytes: Sequence[float]
-    """Bytes that each layer keeps for one micro-batch."""
-    fixed_s: Sequence[float]
-    """Seconds of what cannot move: embedding, head, prediction layers."""
-    base_bytes: Sequence[float]
-    """Bytes of what cannot move, and of buffers."""
-    in_flight: Sequence[float]
-    """Micro-batches whose activations a rank holds."""
-    limit_bytes: float
-    """Peak allocation that a rank may reach."""
-
-    def __post_init__(self) -> None:
-        layers, chunks = len(self.layer_s), self.ranks * self.chunks_per_rank
-        if chunks > layers + 1:
-            raise ProblemError(f"{chunks} chunks need at least {chunks - 1} layers, there are {layers}")
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of the whole pipeline."""
-        return self.ranks * self.chunks_per_rank
-
-    def need(self, layer: int, rank: int) -> float:
-        """Bytes that a layer costs on a rank."""
-        return self.layer_state_bytes[layer] + self.in_flight[rank] * self.layer_saved_bytes[layer]
+    sizes: list[int] | None
+    """Layers of each chunk, in order; None where none was found."""
+    proven: bool
+    """Whether no other split is better, or there is none at all."""
 
 
-def split_by_milp(problem: StageProblem, *, time_limit_s: float = 10.0) -> list[int] | None:
-    """Layers of each chunk, in order; None if no split fits or none was found in time."""
-    runs, chunks = _runs(problem), problem.chunks
+def split_by_milp(problem: StageProblem, *, paths: Sequence[Any] = (), within_s: float = math.inf) -> Split:
+    """The split with the least closed form, or longest of the given paths through its passes where that is more.
+
+    `paths`: counts of forward and backward passes of each chunk, [2, p, v] each (`pipeline/critical.py`). `within_s`: only
+    splits that are no slower are of interest.
+    """
+    runs, chunks, batches = _equal_in_a_row(problem.kinds), problem.chunks, problem.batches
+    seconds = [problem.layer_s[problem.kinds[first]] for first, _ in runs]
     # A mean rank takes 0.05 units, so that CBC, which takes no steps below 1e-5, leaves 2e-4 of it unproven (HiGHS: 1e-4).
-    unit_s = 20.0 * (sum(problem.layer_s) + sum(problem.fixed_s)) / problem.ranks or 1.0
+    unit_s = 20.0 * (sum(s * n for s, (_, n) in zip(seconds, runs, strict=True)) + sum(problem.fixed_s)) / problem.ranks or 1.0
     model = pulp.LpProblem("stages", pulp.LpMinimize)
-    slowest = model.add_variable("slowest", 0)
+    slowest = model.add_variable("slowest", 0, within_s / batches / unit_s if math.isfinite(within_s) else None)
     # held[c][j]: layers of run j in chunk c, so that equal layers are one variable
     held = [[model.add_variable(f"held_{c}_{j}", 0, n, "Integer") for j, (_, n) in enumerate(runs)] for c in range(chunks)]
     model += slowest
@@ -99,70 +80,84 @@ def split_by_milp(problem: StageProblem, *, time_limit_s: float = 10.0) -> list[
             done = model.add_variable(f"done_{c}_{j}", cat="Binary")
             model += pulp.lpSum(held[b][j] for b in range(c + 1)) >= runs[j][1] * done, f"done_{c}_{j}_counts"
             model += pulp.lpSum(held[b][j + 1] for b in range(c + 1)) <= runs[j + 1][1] * done, f"order_{c}_{j}"
-        if c < chunks - 1:
-            # every chunk but the last holds a layer
-            model += pulp.lpSum(held[c]) >= 1, f"filled_{c}"
+        model += pulp.lpSum(held[c]) >= problem.fewest[c], f"fewest_{c}"
+        model += pulp.lpSum(held[c]) <= problem.most[c], f"most_{c}"
+    for stage in range(problem.chunks_per_rank if problem.level else 0):
+        # level: chunks of a virtual stage differ by one layer at most, but for the first and the last chunk
+        least = model.add_variable(f"least_{stage}", 0, max(problem.most), "Integer")
+        for c in range(stage * problem.ranks, (stage + 1) * problem.ranks):
+            model += pulp.lpSum(held[c]) <= least + 1, f"above_{c}"
+            if problem.fewest[c]:
+                model += pulp.lpSum(held[c]) >= least, f"level_{c}"
+    of_chunk = [pulp.lpSum(s / unit_s * x for s, x in zip(seconds, row, strict=True)) for row in held]
+    own = [pulp.lpSum(of_chunk[r :: problem.ranks]) + problem.fixed_s[r] / unit_s for r in range(problem.ranks)]
     for r in range(problem.ranks):
-        mine = [(held[c][j], runs[j][0]) for c in range(r, chunks, problem.ranks) for j in range(len(runs))]
-        # the slowest rank, and memory in units of the limit
-        seconds = pulp.lpSum(problem.layer_s[x] / unit_s * count for count, x in mine)
-        model += seconds + problem.fixed_s[r] / unit_s <= slowest, f"time_{r}"
-        share = pulp.lpSum(problem.need(x, r) / problem.limit_bytes * count for count, x in mine)
-        model += share <= 1.0 - problem.base_bytes[r] / problem.limit_bytes, f"memory_{r}"
-    model.solve(_solver(time_limit_s))
-    if pulp.LpStatus[model.status] != "Optimal":
-        return None
-    return [round(sum(v.value() for v in row)) for row in held]
+        # the closed form over m: what a rank does, waits for at its start and end, and beyond its passes ahead
+        before = pulp.lpSum(own[:r] if problem.chunks_per_rank == 1 else of_chunk[:r])
+        model += own[r] + (1.0 / batches) * before <= slowest, f"time_{r}"
+        if problem.chunks_per_rank == 1:
+            beyond = waits(problem, r, own[r], pulp.lpSum(own[r + 1 :]))
+            model += own[r] + (1.0 / batches) * (before + beyond) <= slowest, f"waits_{r}"
+    for place, path in enumerate(paths):
+        # a path: passes that run one after the other whatever they take
+        model += _along(problem, runs, held, path, unit_s * batches) <= slowest, f"path_{place}"
+    for r in range(problem.ranks):
+        for place, moment in enumerate(problem.moments[r]):
+            share = pulp.lpSum(
+                (problem.state_bytes[k] + in_flight * problem.saved_bytes[k]) / problem.limit_bytes * x
+                for row, in_flight in zip(held[r :: problem.ranks], moment.held, strict=True)
+                for x, k in zip(row, (problem.kinds[first] for first, _ in runs), strict=True)
+            )
+            model += share <= 1.0 - moment.base_bytes / problem.limit_bytes, f"memory_{r}_{place}"
+    status = solved(model, nodes=NODES)
+    if status == pulp.LpSolutionOptimal:
+        return Split([round(sum(v.value() for v in row)) for row in held], True)
+    return Split(None, status == pulp.LpSolutionInfeasible)
 
 
-def _runs(problem: StageProblem) -> list[tuple[int, int]]:
-    """Runs of equal layers: the first layer of each and how many there are."""
-    costs = list(zip(problem.layer_s, problem.layer_state_bytes, problem.layer_saved_bytes, strict=True))
-    return _equal_in_a_row(costs)
+def _along(problem: StageProblem, runs: Sequence[tuple[int, int]], held: Any, path: Any, unit_s: float) -> Any:
+    """What the passes of a path take."""
+    p, terms, fixed = problem.ranks, [], 0.0
+    for c in range(problem.chunks):
+        there, back = (float(n) for n in path[:, c % p, c // p])
+        for (first, _), x in zip(runs, held[c], strict=True):
+            k = problem.kinds[first]
+            terms.append((there * problem.forward_s[k] + back * problem.backward_s[k]) / unit_s * x)
+        if c >= problem.chunks - p:
+            fixed += there * problem.fixed_forward_s[c % p] + back * problem.fixed_backward_s[c % p]
+    return pulp.lpSum(terms) + fixed / unit_s
+
+
+def solved(model: Any, *, time_limit_s: float = 60.0, nodes: int = 0, **gaps: float) -> int:
+    """PuLP's status of the solution that HiGHS finds if it is there and runs, CBC otherwise."""
+    for name in ("HiGHS", "PULP_CBC_CMD"):
+        if name not in pulp.listSolvers(onlyAvailable=True):
+            continue
+        try:
+            model.solve(_solver(name, time_limit_s, nodes, **gaps))
+        except (pulp.PulpSolverError, OSError, RuntimeError):  # a solver that crashes is as good as a missing one
+            continue
+        except KeyError:  # a limit of nodes, which PuLP has no word for
+            return int(pulp.LpSolutionNoSolutionFound)
+        # a time limit reached with a solution at hand is "Optimal" to PuLP, but not in the status of the solution
+        return int(model.sol_status)
+    return int(pulp.LpSolutionNoSolutionFound)
 
 
 def _equal_in_a_row(items: Sequence[Any]) -> list[tuple[int, int]]:
+    """Runs of equal items: the first of each and how many there are."""
     runs = [[i for i, _ in run] for _, run in groupby(enumerate(items), key=lambda pair: pair[1])]
     return [(run[0], len(run)) for run in runs]
 
 
-def _solver(time_limit_s: float, **gaps: float) -> Any:
-    if "HiGHS" in pulp.listSolvers(onlyAvailable=True):
-        return pulp.HiGHS(msg=False, timeLimit=time_limit_s, **gaps)
+def _solver(name: str, time_limit_s: float, nodes: int, **gaps: float) -> Any:
+    if name == "HiGHS":
+        most = {"mip_max_nodes": nodes} if nodes else {}
+        return pulp.HiGHS(msg=False, timeLimit=time_limit_s, **gaps, **most)
     with warnings.catch_warnings():
         # PuLP 4 will take CBC from a package of its own; pyproject.toml stays below 4 until then
         warnings.simplefilter("ignore", DeprecationWarning)
-        return pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit_s, **gaps)
-
-
-def split_by_programme(problem: StageProblem) -> list[int] | None:
-    """The same by dynamic programming over the end of each chunk; for one chunk a rank."""
-    if problem.chunks_per_rank != 1:
-        raise ProblemError(f"the dynamic programme takes one chunk a rank, not {problem.chunks_per_rank}")
-    layers, ranks = len(problem.layer_s), problem.ranks
-    infinite = float("inf")
-    best = [[infinite] * (layers + 1) for _ in range(ranks + 1)]
-    start_of = [[0] * (layers + 1) for _ in range(ranks + 1)]
-    best[0][0] = 0.0
-    for r in range(ranks):
-        for end in range(layers + 1):
-            seconds, needed = problem.fixed_s[r], problem.base_bytes[r]
-            # layers start..end-1 on rank r; only the last rank may hold none
-            for start in range(end, -1, -1):
-                if start < end:
-                    seconds += problem.layer_s[start]
-                    needed += problem.need(start, r)
-                if needed > problem.limit_bytes:
-                    break
-                if (start < end or r == ranks - 1) and max(best[r][start], seconds) < best[r + 1][end]:
-                    best[r + 1][end], start_of[r + 1][end] = max(best[r][start], seconds), start
-    if best[ranks][layers] == infinite:
-        return None
-    sizes, end = [], layers
-    for r in range(ranks, 0, -1):
-        sizes.append(end - start_of[r][end])
-        end = start_of[r][end]
-    return sizes[::-1]
+        return pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit_s, maxNodes=nodes or None, **gaps)
 
 
 # ---------------------------------------------------------------- gradients to windows
@@ -212,9 +207,7 @@ def gradients_by_milp(layers: Sequence[BackwardLayer], line: AlphaBeta, *, time_
         cost += tail_s * scale * tail
     model += cost - hidden
     if any(group.chosen for group in groups):
-        model.solve(_solver(time_limit_s, gapRel=0.0, gapAbs=GAP * GAIN))
-        # a time limit reached with a solution at hand is "Optimal" to PuLP, but not in the status of the solution
-        if model.sol_status != pulp.LpSolutionOptimal:
+        if solved(model, time_limit_s=time_limit_s, gapRel=0.0, gapAbs=GAP * GAIN) != pulp.LpSolutionOptimal:
             return None
     return filled(_rooms(groups, len(all_windows)), layers, line)
 

@@ -22,6 +22,8 @@ from moeplan.costmodels.stages import chunk_letters
 from moeplan.costmodels.uncertainty import interval
 from moeplan.errors import LayoutError, SchemaError, nearest
 from moeplan.planner import coverage
+from moeplan.planner.baseline_data import Baseline, BaselineRow, baseline_data, read_baseline
+from moeplan.planner.certificate import Certificate
 from moeplan.planner.constraints import violations
 from moeplan.planner.gradient_windows import gradient_windows
 from moeplan.planner.measurement import Measurement
@@ -34,6 +36,7 @@ from moeplan.planner.plan_data import (
     profile_data,
     profile_remarks,
     read_cluster,
+    read_imported,
     read_layout,
     read_limits,
     read_model,
@@ -49,7 +52,7 @@ from moeplan.units import GIB, MIB, TERA
 SCHEMA = "moeplan.plan/1"
 _KEYS = (
     "schema", "moeplan", "model", "cluster", "workload", "limits", "layout", "predicted", "certificate", "runners_up",
-    "measure", "provenance", "remarks",
+    "baselines", "measure", "provenance", "remarks",
 )  # fmt: skip
 
 
@@ -63,22 +66,6 @@ class StageMemory:
     """Its chunks in layout letters."""
     parts: Breakdown
     """Allocated bytes by part."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Certificate:
-    """What stands behind the claim that a plan is the best."""
-
-    status: str
-    """"optimal": every layout of the space was priced, or refused by a named reason, or bounded away."""
-    considered: int
-    priced: int
-    rejected: Mapping[str, int]
-    """Layouts passed over by reason: rules of the framework, memory, slower by bound, excluded by the user."""
-    gap: float = 0.0
-    """Share by which an unpriced layout might still be faster."""
-    seconds: float = 0.0
-    """Time the search took."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,12 +98,13 @@ class _Rest:
 
     certificate: Certificate | None = None
     runners_up: tuple[_Runner, ...] = ()
+    baselines: tuple[BaselineRow, ...] = ()
     measure: Measurement | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
 
-_REST = ("certificate", "runners_up", "measure", "provenance", "remarks")
+_REST = ("certificate", "runners_up", "baselines", "measure", "provenance", "remarks")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,6 +124,7 @@ class Plan:
     """Interval meant to hold the measured step time in 80 % of cases."""
     certificate: Certificate | None = None
     runners_up: tuple[RunnerUp, ...] = ()
+    baselines: tuple[Baseline, ...] = ()
     measure: Measurement | None = None
     """What would tell the plan from the first runner-up that ties with it and that a microbenchmark could tell from it."""
     remarks: tuple[str, ...] = field(default=())
@@ -194,10 +183,12 @@ class Plan:
         if self.certificate is not None:
             data["certificate"] = {
                 **to_mapping(replace(self.certificate, rejected={})),
-                "gap": self.certificate.gap,
+                "gap": round(self.certificate.gap, 6),
                 "rejected": dict(sorted(self.certificate.rejected.items(), key=lambda kv: -kv[1])),
             }
         data["runners_up"] = [_runner_data(r) for r in self.runners_up]
+        if self.baselines:
+            data["baselines"] = [baseline_data(b) for b in self.baselines]
         if self.measure is not None:
             data["measure"] = to_mapping(self.measure)
         data["provenance"] = provenance(self.problem, self.layout)
@@ -344,9 +335,10 @@ def load_plan(path: Path) -> Plan:
         layout,
         certificate=None if drift else rest.certificate,
         runners_up=tuple(_read_runner(r, where, drift) for r in rest.runners_up),
+        baselines=() if drift else tuple(read_baseline(b, where) for b in rest.baselines),
         measure=None if drift else rest.measure,
         remarks=tuple(dict.fromkeys((*rest.remarks, *drift))),
-        imported=rest.provenance.get("imported") or {},
+        imported=read_imported(rest.provenance.get("imported"), where),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,31 @@ def located(where: str) -> Iterator[None]:
         if error.message.startswith(where):
             raise
         raise SchemaError(f"{where}: {error.message}", hint=error.hint) from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Imported:
+    """What a plan file says of the script that it was read from."""
+
+    file: str = ""
+    framework: str = ""
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    passed_through: tuple[str, ...] = ()
+
+
+def read_imported(data: Any, where: str) -> Mapping[str, Any]:
+    """The script that a plan was read from, empty if from none; refuses flags that no shell could read."""
+    if not data:
+        return {}
+    at = f"{where}, key 'provenance', key 'imported'"
+    found = from_mapping(_Imported, data, at)
+    for text in (*found.unknown, *found.passed_through):
+        try:
+            shlex.split(text)
+        except ValueError as error:
+            raise SchemaError(f"{at}: {text!r}: {str(error).lower()}") from None
+    return dict(data)
 
 
 def _known(find: Callable[[str], T | None], name: str) -> T | None:
@@ -197,8 +223,11 @@ def read_layout(data: Any, where: str) -> Layout:
     here = f"{where}, key 'layout'"
     if not isinstance(data, Mapping):
         raise SchemaError(f"{here}: expected a mapping")
+    values = {k: v for k, v in data.items() if k != "world"}
+    if type(count := values.get("recompute_layers")) is int:  # a lone number is none to YAML only in quotes
+        values["recompute_layers"] = str(count)
     with located(here):
-        layout = from_mapping(Layout, {k: v for k, v in data.items() if k != "world"}, here)
+        layout = from_mapping(Layout, values, here)
     if data.get("world") not in (None, layout.world):
         raise SchemaError(
             f"{here}: world is {data['world']}, but tp*cp*dp*pp = "

@@ -18,8 +18,9 @@ import numpy as np
 from moeplan.costmodels.layout import DISPATCHERS, GRAPH_SCOPES, RECOMPUTE_MODULES, SHARDINGS, Layouts, mask_of
 from moeplan.costmodels.memory import largest_peak_bytes, reserve_bytes
 from moeplan.costmodels.model import Model
+from moeplan.costmodels.recompute import parse_counts
 from moeplan.costmodels.workload import Workload
-from moeplan.errors import ProblemError, UnknownNameError, UsageError, nearest_hint
+from moeplan.errors import LayoutError, ProblemError, UnknownNameError, UsageError, nearest_hint
 from moeplan.profiles.profile import Profile
 from moeplan.units import format_bytes
 
@@ -29,7 +30,9 @@ TARGETS = ("megatron", "research")
 """Whose rules a plan keeps: Megatron's, or those and every published schedule of MoE layers besides."""
 NAMES = {"dispatcher": DISPATCHERS, "sharding": SHARDINGS}
 SETS = {"recompute": RECOMPUTE_MODULES, "cuda_graphs": GRAPH_SCOPES}
-FIELDS = (*NUMBERS, *SWITCHES, *NAMES, *SETS)
+TEXTS = {"recompute_layers": ("recompute_counts", "recompute_count")}
+"""Fields that are text, with the names of their texts and places in `Layouts`."""
+FIELDS = (*NUMBERS, *SWITCHES, *NAMES, *SETS, *TEXTS)
 """Fields of a layout that conditions can speak of."""
 
 _ALIASES = {"mbs": "micro_batch", "sp": "sequence_parallel"}
@@ -46,13 +49,16 @@ class Condition:
 
     field: str
     operation: str
-    value: float | bool
-    """The number, truth value, code or mask to compare with."""
+    value: float | bool | str
+    """The number, truth value, code, mask or text to compare with."""
     text: str
     """As the user wrote it."""
 
     def holds(self, layouts: Layouts) -> Any:
         """Whether each layout meets it, [n]."""
+        if self.field in TEXTS:
+            texts, places = (getattr(layouts, name) for name in TEXTS[self.field])
+            return np.array([self.holds_for(text) for text in texts], np.bool_)[places]
         return self.holds_for(getattr(layouts, self.field))
 
     def holds_for(self, values: Any) -> Any:
@@ -73,7 +79,7 @@ def parse_condition(text: str) -> Condition:
     return Condition(name, operation, _value(name, value, text), text.strip())
 
 
-def _value(name: str, value: str, text: str) -> float | bool:
+def _value(name: str, value: str, text: str) -> float | bool | str:
     if name in NUMBERS:
         try:
             number = float(value)
@@ -92,6 +98,13 @@ def _value(name: str, value: str, text: str) -> float | bool:
         if value not in NAMES[name]:
             raise UsageError(f"condition '{text}': unknown {name} '{value}'", hint=nearest_hint(value, NAMES[name]))
         return NAMES[name].index(value)
+    if name in TEXTS:
+        counts = "" if value == "all" else value
+        try:
+            parse_counts(counts)
+        except LayoutError as error:
+            raise UsageError(f"condition '{text}': {error.message}", hint=error.hint) from None
+        return counts
     names = [] if value in ("none", "") else value.split("+")
     for n in names:
         if n not in SETS[name]:
@@ -160,7 +173,7 @@ class Problem:
         """How far a peak allocation, with what must stay free beside it, exceeds the device; negative: it fits."""
         return peak + reserve_bytes(peak) - self.device_bytes
 
-    def pinned(self, field: str) -> list[float | bool]:
+    def pinned(self, field: str) -> list[float | bool | str]:
         """The value that pins ask of a field; none where no pin names it with "="."""
         return list(dict.fromkeys(c.value for c in self.pins if c.field == field and c.operation in ("=", "==")))[:1]
 

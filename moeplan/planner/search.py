@@ -75,6 +75,26 @@ def search(
     return _Search(problem, keep, progress, limit_s).run()
 
 
+def open_rows(problem: Problem, limit_s: float) -> Layouts:
+    """The pipelines that a bound leaves below `limit_s`, once each whatever their split, without recompute."""
+    state = _Search(problem, 1, None, limit_s)
+    groups = state.groups(1)
+    groups = groups.take(least_step_seconds(problem, groups, state.batches["micro_batch"]) < limit_s)
+    rows = state.spread(groups.take(groups.pp > 1), 1, 1)
+    keys = [getattr(rows, name) for name in (*_FIELDS["degrees"][:7], "vpp", "micro_batch", *_FIELDS["features"], "schedule")]
+    _, first = np.unique(np.stack(keys), axis=1, return_index=True)
+    return rows.take(np.sort(first))
+
+
+def with_recompute(problem: Problem, rows: Layouts) -> Layouts:
+    """Each layout with every set of recomputed modules that the framework accepts."""
+    state = _Search(problem, 1, None, np.inf)
+    rows = space.with_shared_overlap(problem, space.cross(rows, {"recompute": state.sets.tolist()}))
+    accepted = np.ones(len(rows), np.bool_)
+    state._settle(rows, "recompute", accepted)
+    return rows.take(accepted)
+
+
 class _Search:
     """State of one search."""
 
@@ -93,10 +113,7 @@ class _Search:
         per_chunk = per_batch * len(self.batches["micro_batch"])
         per_group = per_chunk * len(self.chunks["vpp"])
         # 1. degrees that the framework accepts and whose parameters alone fit
-        groups = space.degree_grid(problem)
-        found.considered = len(groups) * per_group
-        groups = self._accepted(groups, "degrees", per_group)
-        groups = self._by_parameters(groups, per_group)
+        groups = self.groups(per_group)
         # 2. open groups in the order of their bounds
         bound = least_step_seconds(problem, groups, self.batches["micro_batch"])
         order = np.argsort(bound, kind="stable")
@@ -120,6 +137,23 @@ class _Search:
 
     def _open(self, groups: Layouts, per_chunk: int, per_batch: int) -> None:
         """Look at every layout of the given degrees."""
+        # 1. features, priced without recompute: a bound on every set of recomputed modules
+        rows = self.spread(groups, per_chunk, per_batch)
+        if not len(rows):
+            return
+        bound = Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows).step_seconds()
+        order = np.argsort(bound, kind="stable")
+        rows, bound = rows.take(order), bound[order]
+        # 2. a closer look in that order
+        start = 0
+        while start < len(rows) and bound[start] < self._limit():
+            stop = min(start + CLOSER_AT_ONCE, int(np.searchsorted(bound, self._limit())))
+            self._look(rows.take(slice(start, stop)))
+            start = stop
+        self._reject(SLOWER, (len(rows) - start) * len(self.sets))
+
+    def spread(self, groups: Layouts, per_chunk: int, per_batch: int) -> Layouts:
+        """Every layout of the given degrees that the framework accepts, without recompute."""
         # 1. virtual stages and splits, then micro-batches
         rows = space.cross(groups, self.chunks)
         rows = self._drop(rows, rows.pp * rows.vpp <= len(self.problem.model.layers) + 2, "pipeline-chunks", per_chunk)
@@ -128,21 +162,16 @@ class _Search:
         self._reject(COPY, (before - len(rows)) * per_chunk)
         rows = self._accepted(rows, "chunks", per_chunk)
         rows = self._accepted(space.cross(rows, self.batches), "batch", per_batch)
-        # 2. features, priced without recompute: a bound on every set of recomputed modules
+        # 2. features
         rows = space.with_shared_overlap(self.problem, space.cross(rows, self.features))
-        rows = self._accepted(rows, "features", len(self.sets))
-        if not len(rows):
-            return
-        bound = Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows).step_seconds()
-        order = np.argsort(bound, kind="stable")
-        rows, bound = rows.take(order), bound[order]
-        # 3. a closer look in that order
-        start = 0
-        while start < len(rows) and bound[start] < self._limit():
-            stop = min(start + CLOSER_AT_ONCE, int(np.searchsorted(bound, self._limit())))
-            self._look(rows.take(slice(start, stop)))
-            start = stop
-        self._reject(SLOWER, (len(rows) - start) * len(self.sets))
+        return self._accepted(rows, "features", len(self.sets))
+
+    def groups(self, per_group: int) -> Layouts:
+        """Degrees that the framework accepts and whose parameters alone fit."""
+        groups = space.degree_grid(self.problem)
+        self.found.considered = len(groups) * per_group
+        groups = self._accepted(groups, "degrees", per_group)
+        return self._by_parameters(groups, per_group)
 
     def _look(self, rows: Layouts) -> None:
         """Memory under every set of recomputed modules, then the price of the minimal sets that fit."""
@@ -254,6 +283,6 @@ _FIELDS: Mapping[Level, tuple[str, ...]] = {
     "chunks": ("vpp",),
     "batch": ("micro_batch",),
     "features": ("dispatcher", "ep_overlap", "shared_overlap", "tp_overlap"),
-    "recompute": ("recompute",),
+    "recompute": ("recompute", "recompute_layers"),
 }  # fmt: skip
 """Fields that are settled at each level."""

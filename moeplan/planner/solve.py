@@ -9,16 +9,18 @@ tie with the fastest are put in the order of `ties.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from moeplan.errors import ProblemError
-from moeplan.planner.plan import Certificate, Plan, price_plan
+from moeplan.planner.certificate import Certificate
+from moeplan.planner.plan import Plan, price_plan
 from moeplan.planner.problem import Problem
 from moeplan.planner.search import Candidate, Search, search
 from moeplan.planner.ties import settled
@@ -35,10 +37,22 @@ FAR_ENOUGH = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Splits:
+    """How far splits of layers over the stages are looked at."""
+
+    gap: float = 1.0
+    """Share of the step time that need not be proven; 1: no more than bounds say at once."""
+    time_limit_s: float = math.inf
+    """Seconds after which nothing more is looked at."""
+    jobs: int = 1
+    """Processes that prove."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
     """Answer to a problem."""
 
-    status: Literal["optimal", "infeasible"]
+    status: Literal["optimal", "bounded", "infeasible"]
     plans: tuple[Plan, ...]
     """Best first: of those that tie with the fastest the preferred one, see `ties.py`; empty if nothing fits."""
     considered: int
@@ -67,11 +81,17 @@ def solve(
     target_step_s: float = np.inf,
     target_tokens_per_s: float = 0.0,
     progress: Progress | None = None,
+    splits: Splits | None = None,
 ) -> Solution:
-    """The `keep` best plans; a target is a step time or tokens per second of the whole job."""
+    """The `keep` best plans; a target is a step time or tokens per second of the whole job.
+
+    `splits`: look at every split of layers over the stages, not only at even and balanced ones (objective "throughput").
+    """
     started = time.perf_counter()
     if objective == "throughput":
         found = search(problem, keep, progress)
+        if splits is not None and found.best:
+            return _split(problem, found, splits, started, progress)
         solution = _solution([(problem, c) for c in found.best], found, started)
         if solution.plans:
             return solution
@@ -84,6 +104,25 @@ def solve(
     if objective == "cost" and not problem.profile.cluster.price_per_gpu_hour:
         raise ProblemError("objective 'cost' needs a price", hint="give --price-per-gpu-hour")
     return _over_counts(problem, objective, keep, reach, started, progress)
+
+
+def _split(problem: Problem, found: Search, splits: Splits, started: float, progress: Progress | None) -> Solution:
+    """The plans of a search with the best splits of layers."""
+    from moeplan.planner.refine import refine, resplit  # the simulator and the solvers are loaded where they are needed
+
+    deadline_s = started + splits.time_limit_s
+    best, *others = resplit(problem, found.best)
+    proof = refine(problem, best, gap=splits.gap, deadline_s=deadline_s, jobs=splits.jobs, progress=progress)
+    others = [c for c in [best, *others] if c.identity != proof.best.identity]
+    changed = Search(
+        best=sorted([proof.best, *others], key=lambda c: c.step_s)[: len(found.best)],
+        considered=found.considered,
+        rejected=found.rejected,
+        priced=found.priced,
+        nearest_excess_bytes=found.nearest_excess_bytes,
+    )
+    more = {"gap": proof.gap, "pipelines": proof.considered, "opened": proof.opened, "programmes": proof.programmes}
+    return _solution([(problem, c) for c in changed.best], changed, started, **more)
 
 
 def gpu_counts(problem: Problem) -> list[int]:
@@ -135,20 +174,21 @@ def _gpu_seconds(problem: Problem, candidate: Candidate) -> float:
     return problem.profile.cluster.gpus * candidate.step_s
 
 
-def _solution(candidates: list[tuple[Problem, Candidate]], totals: Search, started: float) -> Solution:
+def _solution(candidates: list[tuple[Problem, Candidate]], totals: Search, started: float, **proof: Any) -> Solution:
     seconds = time.perf_counter() - started
     certificate = Certificate(
-        status="optimal",
+        status="optimal" if proof.get("gap", 0.0) <= 0.0 else "bounded",
         considered=totals.considered,
         priced=totals.priced,
         rejected=dict(totals.rejected),
         seconds=round(seconds, 3),
+        **proof,
     )
     plans = settled(
         [price_plan(sized, c.layout, certificate=certificate, remarks=sized.model.remarks) for sized, c in candidates]
     )
     return Solution(
-        status="optimal" if plans else "infeasible",
+        status="infeasible" if not plans else certificate.status,
         plans=plans,
         considered=totals.considered,
         rejected=dict(Counter(totals.rejected).most_common()),

@@ -57,6 +57,7 @@ def degree_grid(problem: Problem) -> Layouts:
         dispatcher=zero + DISPATCHERS.index("alltoall" if has_experts else "none"),
         ep_overlap=no, shared_overlap=no, tp_overlap=no, dp_overlap=yes, cuda_graphs=zero, optimizer_offload=np.zeros(n),
         split=zero, schedules=("", BEST) if problem.target == "research" else ("",), schedule=zero,
+        recompute_counts=tuple(str(text) for text in problem.pinned("recompute_layers")) or ("",), recompute_count=zero,
     )  # fmt: skip
     fixed = {name: value for name in NOT_SEARCHED for value in problem.pinned(name)}
     return grid.with_columns(**{name: np.full(n, value, getattr(grid, name).dtype) for name, value in fixed.items()})

@@ -2,9 +2,11 @@
 
 Two plans run the same kernels on the same machine, so most of what is not known of their step times is common to both and
 cancels; what remains is in the parts by which they differ (`costmodels/uncertainty.py`). Among plans that tie with the fastest
-and are predicted to be no more than `WORTH` slower the more robust one is preferred: the lowest upper end of its own interval
-(to 0.1 %), then more free memory (to 1 GiB), then fewer degrees and features. The proof of the search is about predicted times
-and stays what it is. Times are GPU seconds of a step, so that plans on different numbers of GPUs compare by cost.
+and are predicted to be no more than `WORTH` slower the more robust one is preferred: one that is not on a cliff of its memory
+(`robustness.py`), then the lowest upper end of its own interval (to 0.1 %), then more free memory (to 1 GiB), then fewer
+degrees and features. Where all of these are on a cliff, the fastest tie that is not comes first. The proof of the search is
+about predicted times and stays what it is. Times are GPU seconds of a step, so that plans on different numbers of GPUs compare
+by cost.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from moeplan.costmodels.uncertainty import (
 from moeplan.planner.measurement import Measurement, called, measurement
 from moeplan.planner.plan import Plan, RunnerUp
 from moeplan.planner.problem import Problem
+from moeplan.planner.robustness import RISKY, Risk, risk, safe_limit_bytes
 from moeplan.units import GIB
 
 WORTH = 0.01
@@ -40,6 +43,8 @@ SAME_END = 0.001
 """Upper ends closer than this share count as equal."""
 PREFERRED = "preferred to "
 """How the remark of a plan begins that comes before a faster one."""
+CLIFF = "on a cliff: "
+"""How the remark of a plan begins that comes first though it may not fit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +102,11 @@ def settled(plans: Sequence[Plan]) -> tuple[Plan, ...]:
     # 2. those that tie with the fastest, and are hardly slower, by preference, then the others by time
     by_time = sorted(range(len(plans)), key=lambda i: log_time[i])
     fastest = by_time[0]
-    near = {i for i in by_time if ties[fastest, i] and log_time[i] <= log_time[fastest] + WORTH}
-    order = sorted(near, key=lambda i: (_robustness(plans[i]), i)) + [i for i in by_time if i not in near]
+    risks = {i: risk(plans[i]) for i in by_time if ties[fastest, i]}
+    near = {i for i in risks if log_time[i] <= log_time[fastest] + WORTH}
+    if all(risks[i].cliff for i in near):
+        near.update([i for i in risks if not risks[i].cliff][:1])
+    order = sorted(near, key=lambda i: (_robustness(plans[i], risks[i]), i)) + [i for i in by_time if i not in near]
     # 3. the others, and what tells each plan from the first that it ties with and that a microbenchmark can tell from it
     runners = [[_runner(plans[j], float(apart[i, j]), bool(ties[i, j])) for j in order if j != i] for i in range(len(plans))]
     out = []
@@ -106,11 +114,14 @@ def settled(plans: Sequence[Plan]) -> tuple[Plan, ...]:
         rivals = [j for j in order if j != i and ties[i, j]]
         rival = next((j for j in rivals if parts[:, i, j].max() > floor**2), rivals[0] if rivals else i)
         measure = _measurement(plans[i], plans[rival], parts[:, i, rival]) if rivals else None
-        remarks = tuple(r for r in plans[i].remarks if not r.startswith(PREFERRED))
+        remarks = tuple(r for r in plans[i].remarks if not r.startswith((PREFERRED, CLIFF)))
         out.append(dataclasses.replace(plans[i], runners_up=tuple(runners[i]), measure=measure, remarks=remarks))
-    if order[0] != fastest:
-        remark = _preference(plans[order[0]], plans[fastest], float(apart[order[0], fastest]))
-        out[0] = dataclasses.replace(out[0], remarks=(*out[0].remarks, remark))
+    first, said = order[0], []
+    if first != fastest:
+        said.append(_preference(plans[first], plans[fastest], float(apart[first, fastest]), risks[first], risks[fastest]))
+    if risks[first].cliff:
+        said.append(_warning(plans[first], risks[first]))
+    out[0] = dataclasses.replace(out[0], remarks=(*out[0].remarks, *said))
     return tuple(out)
 
 
@@ -129,17 +140,17 @@ def _kin(problem: Problem) -> tuple[object, ...]:
     return problem.model.hidden, problem.model.kinds, cluster.device.name, cluster.machine, precision, era
 
 
-def _robustness(plan: Plan) -> tuple[float, float, int]:
+def _robustness(plan: Plan, its: Risk) -> tuple[bool, float, float, int]:
     """What the more robust plan has less of."""
     upper = round(math.log(plan.high_s * plan.layout.world) / SAME_END)
-    return upper, round(plan.excess_bytes / GIB), _complexity(plan.layout)
+    return its.cliff, upper, round(plan.excess_bytes / GIB), _complexity(plan.layout)
 
 
 def _complexity(layout: Layout) -> int:
     """Degrees and features that a layout makes use of."""
     x = layout
     degrees = sum(degree > 1 for degree in (x.tp, x.cp, x.pp, x.vpp, x.ep, x.etp))
-    switches = sum(map(bool, (x.ep_overlap, x.tp_overlap, x.stages, x.moe_schedule, x.optimizer_offload)))
+    switches = sum(map(bool, (x.ep_overlap, x.tp_overlap, x.stages, x.moe_schedule, x.optimizer_offload, x.recompute_layers)))
     return degrees + switches + len(layout.recompute) + len(layout.cuda_graphs)
 
 
@@ -152,14 +163,16 @@ def _measurement(first: Plan, second: Plan, parts: Any) -> Measurement:
     return measurement(first.problem, first.layout, second.layout, by_kind, deviations().floor ** 2)
 
 
-def _preference(plan: Plan, fastest: Plan, sigma: float) -> str:
+def _preference(plan: Plan, fastest: Plan, sigma: float, its: Risk, other: Risk) -> str:
     """Why a plan comes before one that is predicted to be faster."""
     gap = _gpu_seconds(plan) / _gpu_seconds(fastest) - 1
-    mine, other = _robustness(plan), _robustness(fastest)
-    if mine[0] < other[0]:
+    mine, theirs = _robustness(plan, its)[1:], _robustness(fastest, other)[1:]
+    if other.cliff and not its.cliff:
+        reason = f"that one is on a cliff: {other.reason}; the probability of this one is {its.out_of_memory:.0%}"
+    elif mine[0] < theirs[0]:
         end = plan.high_s * plan.layout.world / (fastest.high_s * fastest.layout.world) - 1
         reason = f"the upper end of its interval is {-end:.1%} lower"
-    elif mine[1] < other[1]:
+    elif mine[1] < theirs[1]:
         reason = f"it leaves {(fastest.excess_bytes - plan.excess_bytes) / GIB:.1f} GiB more memory free"
     else:
         reason = "its layout is simpler"
@@ -167,3 +180,11 @@ def _preference(plan: Plan, fastest: Plan, sigma: float) -> str:
         f"{PREFERRED}{called(fastest.layout)}, which is predicted {gap:.1%} faster: a tie within the noise "
         f"(sigma {sigma:.1%}), and {reason}"
     )
+
+
+def _warning(plan: Plan, its: Risk) -> str:
+    """That no plan which ties is safe, and what to ask for instead."""
+    if its.out_of_memory > RISKY:
+        limit = math.floor(safe_limit_bytes(plan.problem.profile.cluster.device.memory_bytes) / GIB * 10) / 10
+        return f"{CLIFF}{its.reason}; for a plan with at most {RISKY:.0%} ask with --memory-limit {limit}GiB"
+    return f"{CLIFF}{its.reason}; for a plan that fits then ask with --imbalance {math.ceil(its.kept * 100) / 100}"

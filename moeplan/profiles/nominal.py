@@ -20,7 +20,16 @@ from moeplan.profiles.curves import AttentionCurve, CollectiveCurve, DispatchCur
 from moeplan.profiles.hardware import Cluster, Device, load_cluster
 from moeplan.profiles.origin import Origin
 from moeplan.profiles.profile import Profile
-from moeplan.profiles.scaling import PEAKS, Source, curves_of, ratio, scaled_attention, scaled_gemm, scaled_grouped
+from moeplan.profiles.scaling import (
+    PEAKS,
+    Source,
+    curves_of,
+    ratio,
+    scaled_attention,
+    scaled_collective,
+    scaled_gemm,
+    scaled_grouped,
+)
 from moeplan.records import load_yaml
 
 
@@ -193,9 +202,7 @@ class _Builder:
                     curve,
                     "" if source.scale_up == 1.0 else f"link x{source.scale_up:.2f}",
                 )
-                first = curve.times_s[0]
-                times = tuple(first + (t - first) / source.scale_up for t in curve.times_s)
-                out[op][int(ranks)] = replace(curve, times_s=times)
+                out[op][int(ranks)] = scaled_collective(curve, source.scale_up)
         return out
 
     def _dispatches(self) -> dict[str, DispatchCurve]:

@@ -1,24 +1,21 @@
 """The journal of a tune: every candidate, trial and decision in a SQLite file, each change on disk when it is made.
 
-A ranked, finite list of plans needs a table and no optimisation library, so the standard library's sqlite3 does. A tune that
-was killed goes on from its journal; one that belongs to another question is refused. Tables: `question` (hashes of the inputs,
-settings), `candidates` (a row a plan), `events` (what happened, in words). Units: seconds, bytes.
+A tune that was killed goes on from its journal; one that belongs to another question is refused. Tables: `question` (hashes of
+the inputs, settings), `candidates` (a row a plan), `events` (what happened, in words). Units: seconds, bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from moeplan.costmodels.layout import Layout
-from moeplan.errors import FileError, ProblemError, SchemaError
+from moeplan.errors import ProblemError, SchemaError
+from moeplan.planner.database import QUESTION, Database
 from moeplan.planner.plan_data import layout_data, read_layout
 from moeplan.runtime.outcomes import Outcome
 
@@ -27,11 +24,11 @@ Phase = Literal["open", "skipped", "running", "ended"]
 _COLUMNS = (
     "place, layout, predicted_s, predicted_bytes, phase, trial, attempt, directory, mark, handle, expected_s, outcome, why"
 )
-_TABLES = f"""
-CREATE TABLE question (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE candidates ({_COLUMNS.replace("place", "place INTEGER PRIMARY KEY")});
-CREATE TABLE events (at TEXT NOT NULL, place INTEGER, what TEXT NOT NULL);
-"""
+_TABLES = (
+    QUESTION,
+    f"CREATE TABLE candidates ({_COLUMNS.replace('place', 'place INTEGER PRIMARY KEY')})",
+    "CREATE TABLE events (at TEXT NOT NULL, place INTEGER, what TEXT NOT NULL)",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,35 +58,25 @@ class Entry:
     """Why it is not tried."""
 
 
-class Journal:
+class Journal(Database):
     """A journal file that is open for writing."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file, or make it; refuses a file that is no journal."""
-        self.path = path
-        with self._told():
-            self.base = sqlite3.connect(path, isolation_level=None)
-            self.base.execute("PRAGMA synchronous = FULL")
-            tables = {name for (name,) in self.base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        self.is_new = not tables
-        if not self.is_new and self._question().get("schema") != SCHEMA:
-            found = self._question().get("schema", "none") if "question" in tables else "none"
-            raise SchemaError(f"'{path}' is not a journal of a tune with schema '{SCHEMA}', it has '{found}'")
+    schema, what, kind, option = SCHEMA, "journal", "a journal of a tune", "--journal"
 
     def begin(self, identity: Mapping[str, str], settings: Mapping[str, Any], entries: Sequence[Entry]) -> None:
         """Write down the question and its candidates, all or nothing."""
         rows = {"schema": SCHEMA, "settings": json.dumps(dict(settings)), **{f"sha256 {k}": v for k, v in identity.items()}}
-        with self._told():
-            self.base.executescript(f"BEGIN; {_TABLES}")
+        with self.change():
+            for table in _TABLES:
+                self.base.execute(table)
             self.base.executemany("INSERT INTO question VALUES (?, ?)", rows.items())
             for entry in entries:
                 self._put(entry)
-            self.base.execute("COMMIT")
         self.is_new = False
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Refuse to go on with another question than the one that the journal was begun with; both hashes are named."""
-        then = self._question()
+        then = self.question()
         for name, now in identity.items():
             was = then.get(f"sha256 {name}", "")
             if was != now:
@@ -101,36 +88,30 @@ class Journal:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that it was begun with."""
-        return dict(json.loads(self._question().get("settings", "{}")))
+        return dict(json.loads(self.question().get("settings", "{}")))
 
     def entries(self) -> list[Entry]:
         """All candidates by place."""
-        with self._told():
+        with self.told():
             rows = self.base.execute(f"SELECT {_COLUMNS} FROM candidates ORDER BY place").fetchall()
         return [self._entry(row) for row in rows]
 
     def put(self, entry: Entry, event: str) -> Entry:
         """Write down a candidate and what happened to it; on disk when this returns."""
-        with self._told():
-            self.base.execute("BEGIN")
+        with self.change():
             self._put(entry)
             self._event(entry.place, event)
-            self.base.execute("COMMIT")
         return entry
 
     def note(self, event: str) -> None:
         """Write down what happened to no candidate in particular."""
-        with self._told():
+        with self.told():
             self._event(None, event)
 
     def events(self) -> list[tuple[str, int | None, str]]:
         """When, to which candidate, and what; in order."""
-        with self._told():
+        with self.told():
             return list(self.base.execute("SELECT at, place, what FROM events ORDER BY rowid"))
-
-    def close(self) -> None:
-        """Close the file."""
-        self.base.close()
 
     def _event(self, place: int | None, what: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -154,19 +135,3 @@ class Journal:
         except (ValueError, TypeError, KeyError) as error:
             raise SchemaError(f"journal '{self.path}', candidate {values['place']}: {error}") from None
         return Entry(**values)
-
-    def _question(self) -> dict[str, str]:
-        with self._told():
-            return dict(self.base.execute("SELECT name, value FROM question"))
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Errors of the database as errors of its file."""
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                raise SchemaError(f"'{self.path}' is a database, but not a journal of a tune") from None
-            raise FileError(f"cannot use journal '{self.path}': {error}") from None
-        except sqlite3.DatabaseError as error:
-            raise SchemaError(f"'{self.path}' is not a journal: {error}", hint="give another --journal") from None

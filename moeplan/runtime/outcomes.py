@@ -145,6 +145,7 @@ def features(layout: Layout) -> frozenset[str]:
         "sequence parallelism": x.sequence_parallel,
         "optimizer offload": x.optimizer_offload > 0,
         "unequal stages": bool(x.stages),
+        "recompute of some layers": bool(x.recompute_layers),
     }
     names = [name for name, used in {**degrees, **switches}.items() if used]
     names += [f"recompute {module}" for module in x.recompute] + [f"CUDA graph of {scope}" for scope in x.cuda_graphs]

@@ -82,6 +82,29 @@ def test_a_plan_that_contradicts_itself_is_refused(
     assert not (tmp_path / "launch").exists()
 
 
+@pytest.mark.parametrize(
+    ("imported", "message"),
+    [
+        (
+            "run.sh",
+            "expected a mapping with the keys file, framework, environment, unknown, passed_through, found str 'run.sh'",
+        ),
+        ({"passed_through": ["--lr '1"]}, "key 'imported': \"--lr '1\": no closing quotation"),
+        ({"unknown": [3]}, "key 'unknown'[0]: expected str, found int 3"),
+        ({"flags": []}, "unknown key 'flags'"),
+    ],
+)
+def test_what_was_imported_edited_by_hand(
+    imported: object, message: str, moeplan: Moeplan, plan_file: Path, tmp_path: Path
+) -> None:
+    data = yaml.safe_load(plan_file.read_text())
+    data["provenance"]["imported"] = imported
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(data))
+    end = moeplan("export", tmp_path / "plan.yaml", "-d", tmp_path / "launch")
+    assert end.code == 1 and "key 'provenance', key 'imported'" in end.complaint and message in end.complaint
+    assert not (tmp_path / "launch").exists()
+
+
 def test_a_plan_that_breaks_a_rule_is_refused(moeplan: Moeplan, plan_file: Path, tmp_path: Path) -> None:
     data = yaml.safe_load(plan_file.read_text())
     data["layout"] |= {"vpp": 3}
@@ -118,6 +141,13 @@ def test_a_plan_that_does_not_fit_comes_with_a_note(moeplan: Moeplan, tmp_path: 
             2,
             "no launcher of this export takes 'tiem'\nhint: did you mean 'time'?",
         ),
+        (["PLAN", "-d", "x", "--set", "queue=high"], 2, "no launcher of this export takes 'queue'\nhint: known: MEGATRON_LM,"),
+        (
+            ["PLAN", "-d", "x", "--set", "image=megatron"],
+            2,
+            "hint: --launcher trainjob or pytorchjob or job or skypilot takes it",
+        ),
+        (["PLAN", "-d", "x", "--to", "plan-json", "--set", "time=1:00:00"], 2, "takes 'time'\nhint: leave --set out"),
         (["PLAN", "-d", "x", "--to", "plan-json", "--launcher", "slurm"], 2, "plan.json runs nothing"),
         (["none.yaml", "-d", "x"], 1, "plan file 'none.yaml' does not exist"),
     ],

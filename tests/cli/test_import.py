@@ -89,6 +89,7 @@ WRONG: list[tuple[str, str, list[str], str]] = [  # name, text, options, a part 
     ("run.args", "--lr 'open", ["--gpus", "8"], "line 1: no closing quotation"),
     ("run.yaml", "a: 1\n", [], "has no mapping MODEL_ARGS"),
     ("config.json", "{}", [], "is JSON"),
+    ("train.py", "import torch\n", [], "is Python, no launch script"),
     ("run.log", "------------------------ arguments ------------------------\n  lr .... 1\n", [], "does not end"),
 ]  # fmt: skip
 
@@ -124,6 +125,24 @@ def test_the_last_of_contradictory_flags_counts(moeplan: Moeplan, tmp_path: Path
     done = moeplan("import", tmp_path / "run.args", "--gpus", "8")
     assert "tp 4" in done.out
     assert "--tensor-model-parallel-size 2 is overridden by --tensor-model-parallel-size 4 (line 2, then 3)" in done.err
+
+
+def test_one_line_that_starts_several_runs(moeplan: Moeplan, tmp_path: Path) -> None:
+    text = f"for TP in 1 2; do torchrun --nproc-per-node 8 pretrain_gpt.py {DENSE} --tensor-model-parallel-size $TP; done\n"
+    (tmp_path / "run.sh").write_text(text)
+    done = moeplan("import", tmp_path / "run.sh")
+    assert "tp 2" in done.out and "line 1 starts 2 runs with other arguments each: the last one is read" in done.err
+
+
+def test_every_file_of_an_export_stands_for_it(moeplan: Moeplan, plan_file: Path, tmp_path: Path) -> None:
+    options = [word for name in ("slurm", "ray", "trainjob") for word in ("--launcher", name)]
+    options += ["--set", "image=megatron:0.19", "--set", "MEGATRON_LM=/opt/megatron"]
+    assert moeplan("export", plan_file, "-d", tmp_path / "launch", *options).code == 0
+    world = load_plan(plan_file).layout.world
+    for path in (tmp_path / "launch").iterdir():
+        more = ["--gpus", world] if path.suffix == ".args" else []
+        data = json.loads(moeplan("import", path, "--json", *more).out)
+        assert data["gpus"] == world and data["unknown"] == [], path.name
 
 
 def test_gpus_that_differ_from_the_script_are_said(moeplan: Moeplan) -> None:

@@ -50,9 +50,28 @@ def test_refined_plans_are_faster_and_say_so(moeplan: Moeplan, tmp_path: Path) -
     plain, path = json.loads(moeplan("solve", *asked, "--json").out)["plans"], tmp_path / "plan.yaml"
     refined = json.loads(moeplan("solve", *asked, "--refine", "--json", "-o", path).out)["plans"]
     assert min(p["predicted"]["step_s"] for p in refined) < min(p["predicted"]["step_s"] for p in plain)
-    assert refined[0]["remarks"][0].startswith("layers split over the stages by their cost: -")
-    assert load_plan(path).layout.stages == refined[0]["layout"]["stages"]
-    assert "note: layers split over the stages by their cost" in moeplan("solve", *asked, "--refine").err
+    proof = refined[0]["certificate"]
+    assert proof["pipelines"] > proof["opened"] > 0 and 0 <= proof["gap"] < 0.05
+    plan = load_plan(path)
+    assert plan.layout.stages == refined[0]["layout"]["stages"]
+    assert plan.certificate is not None and plan.certificate.pipelines == proof["pipelines"]
+    assert "every split of" in moeplan("explain", path).out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gap", "0.01"], "--gap goes with --refine"),
+        (["--jobs", "2"], "--jobs goes with --refine"),
+        (["--refine", "--gap", "2"], "2 is not between 0 and 1 (100%)"),
+        (["--refine", "--gap", "much"], "'much' is not a share"),
+        (["--refine", "--time-limit", "0s"], "a time above 0 is needed"),
+        (["--refine", "--objective", "gpus", "--target-step-time", "9s"], "--refine does not go with --objective gpus"),
+    ],
+)
+def test_refinement_is_asked_for_in_full(moeplan: Moeplan, options: list[str], words: str) -> None:
+    end = moeplan("solve", *question(), *options)
+    assert end.code == 2 and words in end.err
 
 
 def test_options_reach_the_plan(moeplan: Moeplan, tmp_path: Path) -> None:
@@ -108,8 +127,8 @@ def test_least_cost_shows_sizes_and_prices(moeplan: Moeplan) -> None:
         (question(model="mixtral-8x7b"), "16 GPUs would do"),
         (question(memory_limit="1GiB"), "the 1.0 GiB of a H100 by"),
         (question(memory_limit="1GiB"), "up to 64 times the 8 GPUs do not help"),
-        ([*question(), "--pin", "tp=3"], "--pin and --forbid leave no layout of mixtral-8x7b-4l-proxy on 8 GPUs"),
-        ([*question(), "--pin", "mbs=3"], "is refused: "),
+        ([*question(), "--pin", "tp=3"], "tp=3 leaves no layout of mixtral-8x7b-4l-proxy on 8 GPUs: tp must divide the 8 GPUs"),
+        ([*question(), "--pin", "mbs=3"], "mbs=3 leaves no layout of mixtral-8x7b-4l-proxy on 8 GPUs: a micro-batch must "),
         (question(global_batch=7, seq_len=4097), "every layout of mixtral-8x7b-4l-proxy on 8 GPUs is refused: "),
         ([*question(), "--objective", "gpus", "--target-step-time", "1us"], "no size from 8 to 8 GPUs reaches the target"),
         (

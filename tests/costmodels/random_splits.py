@@ -7,9 +7,22 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from moeplan.costmodels.layout import Layout
+from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layout
 from moeplan.costmodels.model import Model
-from moeplan.costmodels.stages import check_split, format_split
+from moeplan.costmodels.recompute import format_counts
+from moeplan.costmodels.stages import check_split, chunk_letters, format_split
+
+
+@st.composite
+def with_counts(draw: st.DrawFn, split: st.SearchStrategy[tuple[Model, Layout]], *modules: str) -> tuple[Model, Layout]:
+    """The same model and layout, recomputing in any number of layers of every chunk."""
+    model, layout = draw(split)
+    sizes = [chunk.count("t") for chunk in chunk_letters(model, layout.pp, layout.vpp, layout.stages)]
+    one = st.integers(0, max(sizes) + 1).map(str)
+    each = st.tuples(*(st.integers(0, size) for size in sizes)).map(format_counts)
+    recompute = draw(st.sets(st.sampled_from(modules or RECOMPUTE_MODULES), min_size=1, max_size=3), label="recompute")
+    counts = draw(st.one_of(one, each), label="counts")
+    return model, dataclasses.replace(layout, recompute=tuple(recompute), recompute_layers=counts)
 
 
 @st.composite

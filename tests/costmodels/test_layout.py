@@ -37,6 +37,7 @@ INTEGERS = (
     "cuda_graphs",
     "split",
     "schedule",
+    "recompute_count",
 )
 
 # What the constructor refuses: fields, and what its message must say.
@@ -55,6 +56,7 @@ REFUSED = [
     ({"optimizer_offload": 1.5}, "optimizer_offload=1.5"),
     ({"optimizer_offload": -0.1}, "optimizer_offload=-0.1"),
     ({"optimizer_offload": float("nan")}, "optimizer_offload=nan"),
+    ({"recompute_layers": "two"}, "'two' does not say how many layers of each chunk recompute"),
 ]
 
 
@@ -111,6 +113,31 @@ def test_degrees_in_a_line(layout, text):
     assert layout.degrees() == text
 
 
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({}, "none"),
+        ({"recompute_layers": "2"}, "none"),
+        ({"recompute": ("mlp", "moe_act")}, "moe_act+mlp"),
+        ({"recompute": ("full",), "recompute_layers": "2"}, "full in 2 layers of a chunk"),
+        ({"recompute": ("full",), "recompute_layers": "1"}, "full in 1 layer of a chunk"),
+        ({"recompute": ("moe",), "recompute_layers": "4*8|0*24"}, "moe in 4*8|0*24 layers"),
+    ],
+)
+def test_recompute_in_a_line(fields, text):
+    assert Layout(**fields).recompute_text() == text
+
+
+@given(rows=st.lists(st.tuples(layouts_of(TINY_MOE), st.sampled_from(["", "0", "2", "1|0*3"])), min_size=1, max_size=6))
+@QUICK
+def test_recomputed_layers_as_columns_and_back(rows):
+    rows = [dataclasses.replace(row, recompute_layers=text) for row, text in rows]
+    columns = Layouts.of(rows)
+    assert [columns.row(i) for i in range(len(rows))] == rows
+    assert columns.take(slice(1, None)).recompute_counts == columns.recompute_counts
+    assert [columns.recompute_counts[i] for i in columns.recompute_count] == [row.recompute_layers for row in rows]
+
+
 @given(mask=st.integers(0, 2 ** len(RECOMPUTE_MODULES) - 1))
 @QUICK
 def test_masks_and_names_are_inverse(mask):
@@ -137,7 +164,7 @@ def test_columns_and_back(rows):
 def test_columns_of_one_type():
     columns = Layouts.of([Layout(), Layout(tp=2, edp=2, recompute=("full",), stages="EtL")])
     for field in dataclasses.fields(Layouts):
-        if field.name not in ("stages", "schedules"):
+        if field.name not in ("stages", "schedules", "recompute_counts"):
             kind = np.int64 if field.name in (*INTEGERS, "sharding") else np.bool_
             expected = np.float64 if field.name == "optimizer_offload" else kind
             assert getattr(columns, field.name).dtype == expected, field.name

@@ -16,9 +16,10 @@ from moeplan.costmodels.memory import least_state_bytes
 from moeplan.costmodels.model import Mlp, Moe
 from moeplan.costmodels.peak import in_flight
 from moeplan.costmodels.price import Pricing
+from moeplan.costmodels.recompute import recomputed_layers
 from moeplan.costmodels.stages import chunk_letters
 from tests.conftest import DENSE_LAYER, TINY_DENSE, TINY_LATENT, TINY_MOE, TWO_NODES, layouts_of, workload_of
-from tests.costmodels.random_splits import unequal_splits
+from tests.costmodels.random_splits import unequal_splits, with_counts
 
 WORKLOAD = workload_of()
 MODELS = [TINY_DENSE, dataclasses.replace(TINY_DENSE, name="tiny-tied", tied=True), TINY_MOE, TINY_LATENT]
@@ -116,6 +117,7 @@ def peak_of_rank(model, layout, rank):
     chunks = chunk_letters(model, layout.pp, layout.vpp, layout.stages)
     # The final norm stands with the head, or beside the last decoder layer if prediction layers follow it.
     normed = max(c for c, chunk in enumerate(chunks) if "t" in chunk) if model.mtp else len(chunks) - 1
+    counts = recomputed_layers(layout.recompute_layers, [chunk.count("t") for chunk in chunks])
     kinds = iter(model.layers)
     dense = expert = plain = 0.0
     saved = [0.0] * layout.vpp
@@ -125,13 +127,15 @@ def peak_of_rank(model, layout, rank):
         if place % layout.pp != rank:
             continue
         parts = [layer_held(layer, model, *degrees) for layer in layers]
-        chunk_saved = sum(activation(layer, model, layout) for layer in layers)
+        kept = [layout.recompute if i < counts[place] else () for i in range(len(layers))]
+        chunk_saved = sum(activation(layer, model, layout, recompute=r) for layer, r in zip(layers, kept, strict=True))
         if "E" in chunk or "m" in chunk:
             parts.append(embedding_held(model, layout.tp))
             plain += parts[-1].dense
         if "m" in chunk:
             parts.append(prediction_held(model, *degrees))
-            chunk_saved += activation(model.mtp[0], model, layout) + 4 * tokens * model.hidden / ways
+            r = () if layout.recompute_layers else layout.recompute
+            chunk_saved += activation(model.mtp[0], model, layout, recompute=r) + 4 * tokens * model.hidden / ways
         if "L" in chunk:
             parts.append(head_held(model, layout.tp, shares_embedding="E" in chunk))
             plain += parts[-1].dense
@@ -161,6 +165,8 @@ def peak_of_rank(model, layout, rank):
                     shapes.add((w.out, w.inp, w.shard, layout.etp if w.shard.is_expert else layout.tp if w.shard.is_cut else 1))
         total += sum(2.0 * out * inp / cut for out, inp, _, cut in shapes)
     # 3. what comes and goes
+    if layout.recompute_layers and not any(counts[rank :: layout.pp]):
+        layout = dataclasses.replace(layout, recompute=())
     return total + fullest_moment(model, layout, rank, saved, head)
 
 
@@ -214,6 +220,14 @@ def test_unequal_chunks_against_the_scalar_twin(base, data):
     # 4 to 64 micro-batches, from one round of the stages up
     dp = data.draw(st.sampled_from([1, 4, 16]))
     check_against_the_scalar_twin(*data.draw(unequal_splits(base, (2, 4), dp=dp, edp=dp)))
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("base", MODELS, ids=lambda m: m.name)
+@settings(max_examples=25, deadline=None)
+def test_recompute_of_some_layers_against_the_scalar_twin(base, data):
+    dp = data.draw(st.sampled_from([1, 4, 16]))
+    check_against_the_scalar_twin(*data.draw(with_counts(unequal_splits(base, (1, 2, 4), dp=dp, edp=dp))))
 
 
 def check_against_the_scalar_twin(model, layout):

@@ -20,7 +20,7 @@ from moeplan.errors import LayoutError, MoeplanError
 from moeplan.profiles.hardware import load_cluster
 from moeplan.profiles.nominal import nominal
 from tests.conftest import NODE, TINY_DENSE, TINY_LATENT, TINY_MOE, TWO_NODES, layouts_of, workload_of
-from tests.costmodels.random_splits import unequal_splits
+from tests.costmodels.random_splits import unequal_splits, with_counts
 
 MODELS = st.sampled_from((TINY_DENSE, TINY_MOE, TINY_LATENT))
 PLAIN_1F1B = Layout(pp=4, dp=4, ep=4, dispatcher="alltoall")
@@ -109,6 +109,36 @@ def test_peak_of_unequal_chunks(given_: tuple[Model, Layout], rounds: int, gradi
     assert binding.peak_bytes()[0] == pytest.approx(expected.max(), rel=1e-12)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    with_counts(MODELS.flatmap(lambda model: unequal_splits(model, (1, 2, 3, 4, 5), dp=1))),
+    st.sampled_from([1, 2, 3, 6]),
+    st.sampled_from([2, 4]),
+)
+def test_recompute_of_some_layers(given_: tuple[Model, Layout], rounds: int, gradient_bytes: int) -> None:
+    """Passes, their bytes and what they sum to are those of the price, whichever layers recompute."""
+    model, layout = given_
+    workload = workload_of(global_batch=rounds * layout.pp, gradient_bytes=gradient_bytes)
+    timeline, layouts = step_timeline(model, NODE, workload, layout), Layouts.of([layout])
+    assert timeline.peak_bytes == pytest.approx(model_peaks(model, workload, layout, NODE), rel=1e-12)
+    pricing = Pricing(model, NODE, workload, layouts, every_rank=True)
+    rank_s = (timeline.contents.dense_s + timeline.contents.routed_s).sum(axis=(0, 2))
+    assert rank_s == pytest.approx(pricing.step_cost().stage_s[:, 0], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("vpp", "counts"), [(1, "2"), (1, "4*2|0*2"), (1, "0*2|4*2"), (2, "1"), (2, "2*4|0*4"), (2, "0|2|1*6")]
+)
+def test_recompute_of_some_layers_takes_as_long_as_priced(vpp: int, counts: str) -> None:
+    model = dataclasses.replace(TINY_DENSE, hidden=1024, vocab=8, layers=TINY_DENSE.layers * 2)
+    layout = Layout(pp=4, vpp=vpp, dp=4, edp=4, recompute=("full",), recompute_layers=counts)
+    none, every = (dataclasses.replace(layout, recompute=r, recompute_layers="") for r in ((), ("full",)))
+    some = step_timeline(model, TWO_NODES, workload_of(seq_len=8192), layout)
+    assert some.step_s == pytest.approx(some.priced_s, rel=2e-3)
+    low, high = (step_timeline(model, TWO_NODES, workload_of(seq_len=8192), x).step_s for x in (none, every))
+    assert 1.01 * low < some.step_s <= high
+
+
 CATALOG: list[tuple[str, str, int, int, Layout]] = [
     ("mixtral-8x7b", "h100x64", 256, 4096, Layout(pp=4, vpp=2, dp=16, ep=8, edp=2, dispatcher="alltoall")),
     ("mixtral-8x7b", "h100x64", 256, 4096, Layout(pp=4, dp=16, ep=8, edp=2, dispatcher="alltoall", stages="Et*7|t*9|t*9|t*7L")),
@@ -120,12 +150,18 @@ CATALOG: list[tuple[str, str, int, int, Layout]] = [
         stages="Et*3|(tt|)*29m|L")),
     ("qwen3-235b-a22b", "h100x256", 1024, 4096, Layout(
         tp=2, pp=8, dp=16, ep=32, sequence_parallel=True, dispatcher="alltoall", stages="Et*11|(t*12|)*6t*11L")),
+    ("deepseek-v3", "h100x256", 1024, 4096, Layout(pp=8, vpp=4, dp=32, ep=32, dispatcher="deepep",
+        stages="Et*3|(tt|)*29m|L", recompute=("full",), recompute_layers="1")),
     ("llama-3.1-405b", "h100x512", 512, 8192, Layout(tp=8, pp=16, vpp=7, cp=2, dp=2, edp=32, sequence_parallel=True,
         stages="Et|(t|)*96(tt|)*14tL")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "cluster", "batch", "seq", "layout"), CATALOG, ids=[f"{c[0]}-vpp{c[4].vpp}" for c in CATALOG])
+@pytest.mark.parametrize(
+    ("name", "cluster", "batch", "seq", "layout"),
+    CATALOG,
+    ids=[f"{c[0]}-vpp{c[4].vpp}-{c[4].recompute_layers}" for c in CATALOG],
+)
 def test_catalog_models(name: str, cluster: str, batch: int, seq: int, layout: Layout) -> None:
     model, profile = load_model(name), nominal(load_cluster(cluster))
     workload = Workload(seq_len=seq, global_batch=batch, precision=load_precision("bf16"), era=load_era("latest"))

@@ -133,6 +133,15 @@ ROWS: list[tuple[str, Problem, Layout, str]] = [  # rule, problem, layout that b
     ("schedule-kinds", RESEARCH, layout(ep=8, moe_schedule="s1; s1"), "names 2 schedules, tiny-mixed has 1 kinds"),
     ("overlap-recompute", moe(), layout(recompute=("moe",), **OVERLAP), "recompute of moe"),
     ("recompute-full", moe(), layout(recompute=("full", "mlp")), "'full' stands alone"),
+    ("recompute-layers", moe(), layout(recompute_layers="2"), "'2': nothing is recomputed"),
+    ("recompute-layers", moe(), layout(recompute=("moe",), recompute_layers="2"), "Megatron recomputes moe in all layers"),
+    ("recompute-layers", moe(), layout(recompute=("full",), recompute_layers="0"), "a number of at least 1"),
+    ("recompute-layers", moe(), layout(recompute=("full",), recompute_layers="4"), "4 leaves out no layer of a chunk"),
+    ("recompute-layers", moe(), layout(pp=2, recompute=("full",), recompute_layers="2"), "the largest has 2"),
+    ("recompute-layers", moe(), layout(pp=2, recompute=("full",), recompute_layers="1|0"), "one number for all chunks"),
+    ("recompute-layers", latent(), layout(recompute=("full",), recompute_layers="5"), "5 leaves out no layer"),
+    ("recompute-layers", RESEARCH, layout(pp=2, recompute=("moe",), recompute_layers="1|0|1"), "it is of 3 chunks, pp*vpp = 2"),
+    ("recompute-layers", RESEARCH, layout(pp=2, recompute=("moe",), recompute_layers="1|3"), "3 layers of chunk 1 recompute"),
     ("recompute-blocks", moe(), layout(recompute=("mla_up_proj",)), "tiny-mixed lacks"),
     ("recompute-delayed", moe(precision="fp8-delayed"), layout(recompute=("moe_act",)), "fp8-delayed"),
     ("recompute-graphs", moe(), layout(recompute=("full",), cuda_graphs=("attn",)), "full with CUDA graphs over attn"),
@@ -210,7 +219,7 @@ OF_LEVEL = {
     "chunks": ("vpp", "stages", "split"),
     "batch": ("micro_batch",),
     "features": ("dispatcher", "ep_overlap", "shared_overlap", "schedule", "schedules", "tp_overlap"),
-    "recompute": ("recompute",),
+    "recompute": ("recompute", "recompute_count"),
 }  # fmt: skip
 
 
@@ -220,7 +229,7 @@ def test_a_rule_reads_only_what_is_settled(rule: Any) -> None:
     settled = {f for level in LEVELS[: LEVELS.index(rule.level) + 1] for f in OF_LEVEL[level]}
     rows = Layouts.of(random_layouts(300, 2))
     order = np.random.default_rng(0).permutation(len(rows))
-    later = {f.name for f in dataclasses.fields(Layouts)} - settled - {"stages", "schedules"}
+    later = {f.name for f in dataclasses.fields(Layouts)} - settled - {"stages", "schedules", "recompute_counts"}
     if "split" in later:
         later.discard("split")
         rows = rows.with_columns(split=rows.split * 0 + rows.stages.index(""))

@@ -48,6 +48,27 @@ def test_every_edit_is_legal_fits_and_brings_what_it_says(found: Improvement) ->
         assert edit.after.layout.world == 64
 
 
+def test_a_dense_model() -> None:
+    dense = dataclasses.replace(PROBLEM, model=load_model("llama3.1-8b"))
+    slow = price_plan(dense, Layout(tp=8, dp=8, edp=64, sequence_parallel=True, dispatcher="none"))
+    found = improve(slow, solve(dense, keep=1).plans[0])
+    assert found.path and found.gain > 0.1 and all("dispatcher" not in edit.fields for edit in found.singles)
+
+
+def test_no_layout_is_priced_twice(best: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moeplan.planner import improve as module
+
+    priced: list[Layout] = []
+
+    def counted(problem: Problem, layout: Layout, **how: Any) -> Plan:
+        priced.append(layout)
+        return price_plan(problem, layout, **how)
+
+    monkeypatch.setattr(module, "price_plan", counted)
+    improve(price_plan(PROBLEM, SLOW), best)
+    assert len(priced) == len(set(priced)) > 20
+
+
 def test_a_single_edit_changes_one_field_and_what_follows(found: Improvement) -> None:
     follows: dict[str, set[str]] = {
         **{name: {"dp", "edp", "stages"} for name in ("cp", "pp", "vpp", "ep", "etp")},
@@ -86,3 +107,12 @@ def test_what_does_not_fit_is_made_to_fit_first(best: Plan) -> None:
     found = improve(plan, best)
     assert found.path[0].after.excess_bytes <= 0
     assert all(edit.after.excess_bytes <= 0 for edit in found.singles)
+
+
+def test_fewer_layers_recompute_where_memory_allows(best: Plan) -> None:
+    plan = price_plan(PROBLEM, dataclasses.replace(SLOW, dispatcher="alltoall", recompute=("full",)))
+    found = {edit.fields[0]: edit.after.layout for edit in improve(plan, best).singles}
+    assert found["recompute_layers"].recompute_layers == "1" and found["recompute_layers"].recompute == ("full",)
+    some = price_plan(PROBLEM, found["recompute_layers"])
+    after = {edit.fields[0]: edit.after.layout for edit in improve(some, best).singles}
+    assert (after["recompute"].recompute, after["recompute"].recompute_layers) == ((), "")

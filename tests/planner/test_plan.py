@@ -227,6 +227,16 @@ def test_an_edited_layout_is_priced_as_it_stands_and_loses_its_certificate(tmp_p
     assert load_plan(tmp_path / "again.yaml").remarks == plan.remarks
 
 
+@pytest.mark.parametrize("layers", [3, "3"])
+def test_recompute_of_some_layers_comes_back(layers: int | str, tmp_path: Path) -> None:
+    changes = {"layout.recompute": ["full"], "layout.recompute_layers": layers, "layout.ep_overlap": False}
+    plan = load_plan(written(PLAN, tmp_path / "plan.yaml", **changes))
+    assert plan.layout.recompute_layers == "3" and plan.step_s > PLAN.step_s
+    plan.save(tmp_path / "again.yaml")
+    again = load_plan(tmp_path / "again.yaml")
+    assert (again.layout, again.step_s, again.peak_bytes) == (plan.layout, plan.step_s, plan.peak_bytes)
+
+
 @pytest.mark.parametrize(
     ("changes", "remark"),
     [

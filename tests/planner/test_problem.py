@@ -47,6 +47,9 @@ CONDITIONS: list[tuple[str, Any]] = [
     ("recompute=none", lambda x: x.recompute == ()),
     ("recompute=moe_act+layernorm", lambda x: set(x.recompute) == {"moe_act", "layernorm"}),
     ("recompute!=full", lambda x: x.recompute != ("full",)),
+    ("recompute_layers=2", lambda x: x.recompute_layers == "2"),
+    ("recompute_layers!=1*3|0", lambda x: x.recompute_layers != "1*3|0"),
+    ("recompute_layers=all", lambda x: x.recompute_layers == ""),
     ("cuda_graphs=moe_router+attn", lambda x: set(x.cuda_graphs) == {"attn", "moe_router"}),
 ]
 
@@ -82,6 +85,8 @@ def test_conditions(text: str, meets: Any) -> None:
         ("recompute=moe_at", "unknown recompute 'moe_at'", "'moe_act'"),
         ("recompute=mlp+", "unknown recompute ''", ""),
         ("cuda_graphs=all", "unknown cuda_graphs 'all'", ""),
+        ("recompute_layers=two", "'two' does not say how many layers", "write 2"),
+        ("recompute_layers>2", "recompute_layers has no order", "recompute_layers=2"),
     ],
 )
 def test_conditions_that_mean_nothing(text: str, message: str, hint: str) -> None:

@@ -1,67 +1,137 @@
-"""Refined plans are never worse, fit, and keep their degrees."""
+"""Refinement finds the best split, its bounds are below every price, and the answer does not depend on processes."""
 
 from __future__ import annotations
 
+import dataclasses
+import random
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 
-from moeplan.costmodels.layout import Layout
-from moeplan.costmodels.model_catalog import load_model
-from moeplan.costmodels.stages import balanced_split, rank_contents
-from moeplan.costmodels.workload import Workload, load_era, load_precision
+from moeplan.costmodels.layout import Layouts
+from moeplan.costmodels.pipeline.critical import critical_passes
+from moeplan.costmodels.pipeline.waves import span_s
+from moeplan.costmodels.price import Pricing
+from moeplan.costmodels.stages import balanced_split
+from moeplan.errors import ProblemError
 from moeplan.planner.constraints import violations
-from moeplan.planner.plan import Plan, price_plan
-from moeplan.planner.problem import Problem
-from moeplan.planner.refine import refine, stage_problem
-from moeplan.profiles.hardware import load_cluster
-from moeplan.profiles.nominal import nominal
+from moeplan.planner.plan import price_plan
+from moeplan.planner.problem import parse_condition
+from moeplan.planner.refine import refine, resplit
+from moeplan.planner.search import Candidate, open_rows, search, with_recompute
+from moeplan.planner.solve import Splits, solve
+from moeplan.planner.stage_bounds import may_beat
+from moeplan.planner.stage_problem import StageProblem
+from moeplan.planner.stage_setup import forms, least_rest_s, split_text
+from tests.exporters.cases import layout_of, problem_of
+from tests.planner.test_stage_setup import random_sizes
 
 
-def deepseek(pp: int, vpp: int, *, gpus: int = 1024, recompute: tuple[str, ...] = ("full",)) -> Plan:
-    workload = Workload(seq_len=4096, global_batch=4096, precision=load_precision("fp8-cs"), era=load_era("latest"))
-    model = load_model("deepseek-v3")
-    problem = Problem(model=model, profile=nominal(load_cluster(f"h100x{gpus}")), workload=workload)
-    ways = gpus // pp
-    layout = Layout(
-        pp=pp, vpp=vpp, dp=ways, ep=32, edp=ways // 32, dispatcher="deepep", recompute=recompute,
-        stages=balanced_split(model, 4096, pp * vpp),
-    )  # fmt: skip
-    return price_plan(problem, layout)
+def every_split(stages: StageProblem, chunk: int = 0, left: int = -1) -> Iterator[list[int]]:
+    """Layers of each chunk in every way that a stage problem allows."""
+    left = len(stages.kinds) if chunk == 0 else left
+    if chunk == stages.chunks - 1:
+        if stages.fewest[chunk] <= left <= stages.most[chunk]:
+            yield [left]
+        return
+    for size in range(stages.fewest[chunk], min(left, stages.most[chunk]) + 1):
+        yield from ([size, *rest] for rest in every_split(stages, chunk + 1, left - size))
 
 
-@pytest.mark.parametrize(("pp", "vpp"), [(8, 1), (16, 1), (32, 1), (8, 4), (16, 2)])
-def test_never_slower_and_accepted(pp: int, vpp: int) -> None:
-    plan = deepseek(pp, vpp)
-    better = refine(plan)
-    assert better.step_s <= plan.step_s
-    assert violations(plan.problem, better.layout) == []
-    assert (better.layout.pp, better.layout.vpp, better.layout.ep) == (pp, vpp, 32)
-    if better is not plan:
-        assert better.excess_bytes <= 0
-        assert "layers split over the stages" in better.remarks[-1]
+def test_the_best_split_is_that_of_pricing_all_of_them() -> None:
+    pins = ("vpp=1", "pp=4", "cp=1", "tp=1", "micro_batch<=2", "dispatcher=deepep", "ep_overlap=no")
+    problem = problem_of("qwen3-30b-a3b", "h100x16", 64, 2048)
+    problem = dataclasses.replace(problem, model=problem.model.cut(10), pins=tuple(map(parse_condition, pins)))
+    found = search(problem, 1)
+    proof = refine(problem, found.best[0])
+    rows = with_recompute(problem, open_rows(problem, np.inf))
+    assert len(rows) > 30
+    form = next(forms(problem, rows.take([0])))
+    texts = tuple(split_text(problem, sizes, False) for sizes in every_split(form.stages))
+    best = np.inf
+    for place in range(len(texts)):
+        split = rows.with_columns(split=np.full(len(rows), place), stages=texts)
+        pricing = Pricing(problem.model, problem.profile, problem.workload, split, exact=True)
+        took = np.where(problem.excess_bytes(pricing.peak_bytes()) <= 0.0, pricing.step_seconds(), np.inf)
+        if took.min() < best and not violations(problem, split.row(int(took.argmin()))):
+            best = float(took.min())
+    assert len(texts) == 165 and best < 0.9 * found.best[0].step_s  # the splits of the search are far from the best ones
+    assert proof.best.step_s == pytest.approx(best, rel=1e-3) and proof.bound_s <= best * (1.0 + 1e-9)
+    assert proof.gap < 0.01 and proof.opened < proof.considered / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("deepseek-v3", {"pp": 8, "ep": 16}),
+        ("deepseek-v3", {"pp": 8, "vpp": 4, "ep": 16}),
+        ("qwen3-235b-a22b", {"pp": 4, "vpp": 3, "ep": 8, "tp": 2}),
+        ("mixtral-8x7b", {"pp": 4, "ep": 8}),
+    ],
+)
+def test_no_split_beats_what_the_bound_rules_out(name: str, fields: dict[str, int]) -> None:
+    problem = problem_of(name, "h100x128", 1024, 4096)
+    rows = Layouts.of([layout_of(problem.model, 128, **fields)])
+    rng = random.Random(1)
+    for form in forms(problem, rows):
+        sizes = [random_sizes(rng, form.stages) for _ in range(30)]
+        layouts = [dataclasses.replace(rows.row(0), stages=split_text(problem, some, form.alone)) for some in sizes]
+        pricing = Pricing(problem.model, problem.profile, problem.workload, Layouts.of(layouts), exact=True)
+        took, fits = pricing.step_seconds(), problem.excess_bytes(pricing.peak_bytes()) <= 0.0
+        assert (least_rest_s(problem, rows)[0] + form.stages.exact_spans(sizes) <= took * (1 + 1e-9)).all()
+        for seconds in took[fits]:
+            assert may_beat(problem, rows, seconds * (1 + 1e-9))[0]
+    assert not may_beat(problem, rows, float(took.min()) / 3)[0]
+
+
+@pytest.mark.parametrize(("p", "v", "m"), [(1, 1, 3), (4, 1, 3), (4, 1, 9), (3, 2, 3), (4, 3, 12), (2, 5, 4)])
+def test_a_longest_path_is_the_span_and_never_more(p: int, v: int, m: int) -> None:
+    rng = np.random.default_rng(p * v * m)
+    forward, backward = rng.uniform(1, 2, (p, v)), rng.uniform(2, 4, (p, v))
+    there, back = critical_passes(forward, backward, m)
+    assert (there * forward + back * backward).sum() == pytest.approx(span_s(forward[..., None], backward[..., None], m)[0])
+    for _ in range(50):
+        forward, backward = rng.uniform(0.1, 2, (p, v)), rng.uniform(0.1, 4, (p, v))
+        span = span_s(forward[..., None], backward[..., None], m)[0]
+        assert (there * forward + back * backward).sum() <= span * (1 + 1e-9)
 
 
 def test_uneven_costs_give_a_real_gain() -> None:
     # FLOP weigh the three dense layers like the others; under recompute of the experts they are much cheaper
-    plan = deepseek(32, 1, recompute=("moe", "mla_up_proj"))
-    assert refine(plan).step_s < 0.99 * plan.step_s
+    problem = problem_of("deepseek-v3", "h100x1024", 4096, 4096, "fp8-cs")
+    layout = layout_of(
+        problem.model, 1024, pp=32, ep=32, dispatcher="deepep", recompute=("moe", "mla_up_proj"),
+        stages=balanced_split(problem.model, 4096, 32),
+    )  # fmt: skip
+    plan = price_plan(problem, layout)
+    (better,) = resplit(problem, [Candidate(layout, plan.step_s, plan.peak_bytes)])
+    assert better.step_s < 0.99 * plan.step_s and better.layout.degrees() == layout.degrees()
+    assert better.step_s == pytest.approx(price_plan(problem, better.layout).step_s, rel=1e-12)
 
 
-@pytest.mark.parametrize(("pp", "vpp"), [(8, 1), (8, 4)])
-def test_stage_problem_prices_a_split_like_the_plan(pp: int, vpp: int) -> None:
-    plan = deepseek(pp, vpp)
-    problem = stage_problem(plan)
-    model = plan.problem.model
-    counts = rank_contents(model, pp, vpp, plan.layout.stages)
-    first = {kind: model.kind_of_layer.index(kind) for kind in range(len(model.kinds))}
-    for rank in range(pp):
-        layers = [(first[k], counts[rank, k]) for k in first]
-        seconds = problem.fixed_s[rank] + sum(n * problem.layer_s[x] for x, n in layers)
-        assert seconds == pytest.approx(plan.stage_s[rank])
-        needed = problem.base_bytes[rank] + sum(n * problem.need(x, rank) for x, n in layers)
-        assert needed == pytest.approx(float(plan.stages[rank].parts.total))
-        assert problem.base_bytes[rank] > 0
+def test_processes_and_programmes_change_nothing_but_the_gap() -> None:
+    pins = ("tp=1", "cp=1", "pp=4", "micro_batch=1", "vpp=4", "ep=8", "dispatcher=deepep", "recompute=none")
+    problem = dataclasses.replace(problem_of("mixtral-8x7b", "h100x32", 64, 4096), pins=tuple(map(parse_condition, pins)))
+    plain = solve(problem, keep=2, splits=Splits())
+    first, second = (solve(problem, keep=2, splits=Splits(gap=0.005, jobs=jobs)) for jobs in (1, 2))
+    proofs = [s.plans[0].certificate for s in (plain, first, second)]
+    assert proofs[0] is not None and proofs[1] is not None and proofs[2] is not None
+    assert dataclasses.replace(proofs[1], seconds=0) == dataclasses.replace(proofs[2], seconds=0)
+    assert [p.layout for p in first.plans] == [p.layout for p in second.plans]
+    assert proofs[1].gap <= proofs[0].gap and proofs[1].programmes > 0 == proofs[0].programmes
 
 
-def test_nothing_to_refine_without_stages() -> None:
-    plan = deepseek(1, 1, gpus=1024)
-    assert refine(plan) is plan
+def test_a_time_limit_leaves_a_gap_and_a_plan() -> None:
+    solution = solve(problem_of("mixtral-8x7b", "h100x32", 64, 4096), keep=1, splits=Splits(gap=0.0, time_limit_s=0.001))
+    proof = solution.plans[0].certificate
+    assert proof is not None and proof.opened == proof.programmes == 0 and 0 < proof.gap < 1
+    assert proof.status == solution.status == "bounded"
+
+
+def test_pinned_counts_are_refused() -> None:
+    problem = problem_of("mixtral-8x7b", "h100x16", 64, 4096)
+    problem = dataclasses.replace(problem, pins=(parse_condition("recompute_layers=1"), parse_condition("recompute=full")))
+    candidate = Candidate(layout_of(problem.model, 16, pp=2), 1e9, 0.0)
+    with pytest.raises(ProblemError, match="splits are not looked at where recompute_layers is pinned"):
+        refine(problem, candidate)

@@ -17,7 +17,7 @@ from moeplan.errors import SchemaError
 from moeplan.planner.measurement import REPEAT, measurement
 from moeplan.planner.plan import Plan, StageMemory, load_plan, price_plan
 from moeplan.planner.solve import solve
-from moeplan.planner.ties import PREFERRED, compare, distances, settled
+from moeplan.planner.ties import CLIFF, PREFERRED, compare, distances, settled
 from moeplan.units import GIB
 from tests.planner import tiny
 
@@ -115,6 +115,8 @@ PREFERENCES: list[tuple[str, dict[str, Any], dict[str, Any], int]] = [
     ("the simpler layout at the same memory", {"layout": FANCY}, {"layout": PLAIN}, 1),
     ("memory counts before simplicity", {"layout": FANCY, "peak_gib": 40.0}, {"layout": PLAIN, "peak_gib": 50.0}, 0),
     ("the fastest otherwise", {"step_s": 10.0}, {"step_s": 10.0001}, 0),
+    ("one that is sure to fit before the lower end", {"peak_gib": 72.0, "high": 1.1}, {"step_s": 10.09, "high": 1.3}, 1),
+    ("one that is sure to fit for all that the noise leaves open", {"peak_gib": 72.0}, {"step_s": 10.3}, 1),
 ]
 
 
@@ -124,6 +126,20 @@ def test_preference(_: str, one: dict[str, Any], two: dict[str, Any], place: int
     assert first_of(*plans) == place
     remarks = settled(plans)[0].remarks
     assert len(remarks) == place and all(r.startswith(PREFERRED) and "tie within the noise" in r for r in remarks)
+
+
+def test_a_cliff_is_said_and_why_another_comes_first() -> None:
+    tight, safe, far = plan_of(peak_gib=72.0), plan_of(10.3), plan_of(10.8)
+    (said,) = settled([tight, safe])[0].remarks
+    assert said.startswith(PREFERRED) and "3.0% faster" in said
+    assert said.endswith("on a cliff: it runs out of memory with a probability of 34%; the probability of this one is 0%")
+    for plans in ([tight, far], [tight, plan_of(10.3, peak_gib=73.0)], [tight]):
+        chosen = settled(plans)[0]
+        assert chosen.step_s == 10.0 and len(chosen.remarks) == 1
+        assert chosen.remarks[0].startswith(f"{CLIFF}it runs out of memory with a probability of 34%; ")
+        assert "--memory-limit 77.2GiB" in chosen.remarks[0]
+    assert settled(settled([tight]))[0].remarks == settled([tight])[0].remarks
+    assert settled([*settled([tight]), safe])[1].remarks == ()
 
 
 def test_settling_again_changes_nothing() -> None:

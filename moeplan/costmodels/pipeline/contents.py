@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.costmodels.layer import fold, without_experts
-from moeplan.costmodels.model import Model
+from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.passes import UnitPasses, unit_passes
-from moeplan.costmodels.peak import dense_memory, routed_memory
 from moeplan.costmodels.price import Pricing
-from moeplan.costmodels.stages import chunk_letters, chunk_units
+from moeplan.costmodels.stages import chunk_layers, chunk_letters, chunk_pieces, chunk_units
 
 Floats = npt.NDArray[np.float64]
 
@@ -51,39 +50,42 @@ def contents(pricing: Pricing) -> Contents:
     """What stands in the chunks of the one layout that `pricing` is for."""
     model, layouts = pricing.model, pricing.layouts
     pp, vpp, text = int(layouts.pp[0]), int(layouts.vpp[0]), layouts.stages[int(layouts.split[0])]
-    dense, routed = without_experts(layouts), fold(layouts)
-    units = unit_passes(model, pricing.profile, pricing.workload, dense, routed)
-    pieces = _pieces(model, chunk_letters(model, pp, vpp, text))
-    counts = chunk_units(model, pp, vpp, text)
-    # what one of each unit costs, [2, units] and [units]
+    split = model, pp, vpp, text, layouts.recompute_counts[int(layouts.recompute_count[0])]
+    units = _unit_passes(pricing, layouts)
+    if split[-1]:
+        units += _unit_passes(pricing, layouts.with_columns(recompute=0 * layouts.recompute))
+    pieces = _pieces(chunk_letters(model, pp, vpp, text), chunk_pieces(*split))
+    # what one of each unit costs, [2, units]
     seconds = np.array([[_seconds(u, way) for u in units] for way in ("forward", "backward")])
-    saved = [float(value) for value in pricing.kind_costs().saved_bytes[:, 0]] + [0.0]
-    if model.mtp:
-        one, two = dense_memory(model, pricing.workload, dense), routed_memory(model, pricing.workload, routed)
-        saved.append(_number(one.mtp) + _number(two.mtp))
+    counts = chunk_units(*split)
     return Contents(
         pieces=tuple(tuple(pieces[r::pp]) for r in range(pp)),
         units=tuple(units),
         dense_s=np.einsum("rcu,wu->wrc", counts, seconds[..., 0]),
         routed_s=np.einsum("rcu,wu->wrc", counts, seconds[..., 1]),
-        saved_bytes=counts @ np.array(saved),
+        saved_bytes=chunk_layers(*split) @ pricing.saved_bytes()[:, 0],
     )
 
 
-def _pieces(model: Model, chunks: tuple[str, ...]) -> list[tuple[Piece, ...]]:
+def _unit_passes(pricing: Pricing, layouts: Layouts) -> list[UnitPasses]:
+    """Seconds of every unit."""
+    return unit_passes(pricing.model, pricing.profile, pricing.workload, without_experts(layouts), fold(layouts))
+
+
+def _pieces(chunks: tuple[str, ...], units: list[list[int]]) -> list[tuple[Piece, ...]]:
     """What stands in each chunk of the model, first to last."""
-    kinds, layer, depth = len(model.kinds), 0, 0
+    layer, depth = 0, 0
     out = []
-    for chunk in chunks:
+    for chunk, held in zip(chunks, units, strict=True):
         here = []
-        for letter in chunk:
+        for letter, unit in zip(chunk.replace("E", ""), held, strict=True):
             if letter == "t":
-                here.append(Piece(name=f"layer {layer}", unit=model.kind_of_layer[layer]))
+                here.append(Piece(name=f"layer {layer}", unit=unit))
                 layer += 1
             elif letter == "L":
-                here.append(Piece(name="head", unit=kinds))
-            elif letter == "m":
-                here.append(Piece(name=f"prediction {depth}", unit=kinds + 1))
+                here.append(Piece(name="head", unit=unit))
+            else:
+                here.append(Piece(name=f"prediction {depth}", unit=unit))
                 depth += 1
         out.append(tuple(here))
     return out
