@@ -20,7 +20,7 @@ class Certificate:
     gap: float = 0.0
     """Share by which a layout or a split of its layers that was not priced might still be faster."""
     pipelines: int = 0
-    """Pipelines with a set of recomputed modules all splits of which count as looked at; 0: splits were not looked at."""
+    """Pipelines, each with all splits and sets of recomputed modules, that bounds tell about; 0: splits were not looked at."""
     opened: int = 0
     """Stage problems solved; no split of the other pipelines is faster than the plan."""
     programmes: int = 0

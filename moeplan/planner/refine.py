@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.costmodels.layout import Layout, Layouts
+from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layout, Layouts, mask_of
 from moeplan.costmodels.memory import micro_batches
 from moeplan.costmodels.price import Pricing
 from moeplan.errors import ProblemError
@@ -55,7 +55,7 @@ class Refinement:
     best: Candidate
     """The best layout."""
     considered: int
-    """Pipelines, each with one set of recomputed modules and all its splits, that the search had left open."""
+    """Pipelines, each with all its splits and sets of recomputed modules, that the search had left open."""
     opened: int
     """Stage problems that were solved; no split of the others is faster than the best."""
     programmes: int
@@ -125,8 +125,10 @@ class _Refining:
             raise ProblemError(
                 "splits are not looked at where recompute_layers is pinned", hint="leave out --refine or --pin recompute_layers"
             )
-        rows = with_recompute(self.problem, rows.take(self._least_s(rows) < self.best.step_s))
         considered = len(rows)
+        rows = rows.take(self._least_s(rows) < self.best.step_s)
+        rows = rows.take(may_beat(self.problem, rows, self.best.step_s, leanest=mask_of(["full"], RECOMPUTE_MODULES)))
+        rows = with_recompute(self.problem, rows)
         rows = rows.take(may_beat(self.problem, rows, self.best.step_s))
         bound = self._least_s(rows)
         order = np.argsort(bound, kind="stable")

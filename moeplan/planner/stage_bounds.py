@@ -32,8 +32,12 @@ SLACK = 1e-9
 """Share by which a rank may exceed what it can take, for rounding."""
 
 
-def may_beat(problem: Problem, rows: Layouts, limit_s: Any) -> Any:
-    """Whether each layout could take less than `limit_s` (one number or [n]) under some split, [n]; its own does not count."""
+def may_beat(problem: Problem, rows: Layouts, limit_s: Any, *, leanest: int = 0) -> Any:
+    """Whether each layout could take less than `limit_s` (one number or [n]) under some split, [n]; its own does not count.
+
+    `leanest`: mask of the recomputed modules that leave least, to keep no more than under them; then a layout without recompute
+    stands for all sets of modules.
+    """
     pricing = Pricing(problem.model, problem.profile, problem.workload, rows)
     whole = pricing.whole_micro_batch_s()
     batches = micro_batches(problem.workload, rows)
@@ -42,14 +46,18 @@ def may_beat(problem: Problem, rows: Layouts, limit_s: Any) -> Any:
     places = np.flatnonzero(out)
     for start in range(0, len(places), AT_ONCE):
         some = places[start : start + AT_ONCE]
-        out[some] = _holds(problem, rows.take(some), room[some], whole[some])
+        out[some] = _holds(problem, rows.take(some), room[some], whole[some], leanest)
     return out
 
 
-def _holds(problem: Problem, rows: Layouts, room: Any, whole: Any) -> Any:
+def _holds(problem: Problem, rows: Layouts, room: Any, whole: Any, leanest: int) -> Any:
     """Whether the ranks of each layout can hold all layers within the time and the memory, [n]."""
     pricing = Pricing(problem.model, problem.profile, problem.workload, rows)
     costs, parts = pricing.kind_costs(), dict(pricing.peak_memory())
+    saved = costs.saved_bytes
+    if leanest:
+        lean = rows.with_columns(recompute=0 * rows.recompute + leanest)
+        saved = np.minimum(saved, Pricing(problem.model, problem.profile, problem.workload, lean).kind_costs().saved_bytes)
     table = {
         "room": room,
         "whole": whole,
@@ -57,7 +65,7 @@ def _holds(problem: Problem, rows: Layouts, room: Any, whole: Any) -> Any:
         "batches": micro_batches(problem.workload, rows),
         "seconds": costs.seconds,
         "states": costs.state_bytes,
-        "saved": costs.saved_bytes,
+        "saved": saved,
         "head_s": list(pricing.layer_tables.seconds(slice(None)))[len(problem.model.kinds)],
     }
     out = np.zeros(len(rows), np.bool_)

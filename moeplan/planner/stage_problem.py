@@ -15,6 +15,7 @@ moments, sum of (states + micro-batches in flight x saved) + what cannot move <=
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,10 @@ from moeplan.costmodels.pipeline.waves import span_s
 from moeplan.errors import ProblemError
 
 Ints = npt.NDArray[np.int64]
+EXTRA = 2
+"""Layers that a chunk at an end of a level split may have beyond others."""
+BESIDE = 3
+"""Other chunks of a level split that may have one layer more or less."""
 SAME = 1e-9
 """Relative difference below which two closed forms count as equal."""
 
@@ -238,22 +243,23 @@ def _level_splits(p: int, v: int, layers: int, ends: int, fewest: tuple[int, ...
             for start in range(v if longer % v else 1):
                 places = {(start + i) % v for i in range(longer)}
                 sizes = np.clip(np.repeat([base + (stage in places) for stage in range(v)], p), fewest, most)
-                if -p <= int(sizes.sum()) - layers <= p + ends:
+                if abs(int(sizes.sum()) - layers) <= p + ends:
                     out |= dict.fromkeys(tuple(some.tolist()) for some in _filled(layers, sizes, fewest, most))
     return np.array(list(out), np.int64).reshape(-1, chunks)
 
 
 def _filled(layers: int, sizes: Ints, fewest: Sequence[int], most: Sequence[int]) -> Iterator[Ints]:
-    """The sizes with as many layers as there are, in a few ways."""
-    beyond, last = int(sizes.sum()) - layers, len(sizes) - 1
-    for at_head in range(max(0, min(beyond, int(sizes[last]) - fewest[last])) + 1):
-        for at_start in range(max(0, min(beyond - at_head, int(sizes[0]) - fewest[0])) + 1):
-            out = sizes.copy()
-            out[last] -= at_head
-            out[0] -= at_start
-            step = 1 if beyond < 0 else -1
-            left = abs(beyond - at_head - at_start)
-            places = [c for c in range(last - 1, 0, -1) if fewest[c] <= out[c] + step <= most[c]][:left]
-            if len(places) == left:
-                out[places] += step
-                yield out
+    """The sizes with as many layers as there are: the ends take what differs, and by one each the chunks before the last."""
+    last = len(sizes) - 1
+    ends = [0, last - 1, last] if last > 1 else [0, last]
+    for changes in itertools.product(
+        *(range(fewest[c] - int(sizes[c]), min(EXTRA, most[c] - int(sizes[c])) + 1) for c in ends)
+    ):
+        out = sizes.copy()
+        out[ends] += changes
+        left = layers - int(out.sum())
+        step = 1 if left > 0 else -1
+        places = [c for c in range(last - len(ends) + 1, 0, -1) if fewest[c] <= out[c] + step <= most[c]][: abs(left)]
+        if len(places) == abs(left) <= BESIDE:
+            out[places] += step
+            yield out
