@@ -31,12 +31,13 @@ SHOW = ("profile", "show")
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A profile with samples beside it."""
-    from moeplan.cli.profile_import import import_
+    from moeplan.cli import cli
 
     folder = tmp_path_factory.mktemp("profiles")
     path = folder / "h200.yaml"
-    arguments = ["--from", "aiconfigurator", "--cluster", "h200x64", str(tree(folder)), "-o", str(path)]
-    assert import_.main(arguments, standalone_mode=False) == 0
+    # from the top: a command that is called by itself keeps the names of its help option
+    arguments = ["profile", "import", "--from", "aiconfigurator", "--cluster", "h200x64", str(tree(folder)), "-o", str(path)]
+    assert cli.main(arguments, standalone_mode=False) == 0
     return path
 
 
