@@ -37,6 +37,8 @@ from moeplan.planner.stage_setup import Form, forms, least_rest_s, split_text
 
 AT_ONCE = 512
 """Layouts whose stage problems are made together."""
+OPENED = 2048
+"""Stage problems that are solved where no proof is asked for."""
 TRIED = 4
 """Level splits of a layout that are priced, the quickest of those that fit."""
 PATHS = 12
@@ -136,6 +138,8 @@ class _Refining:
         # 2. their stage problems
         start, tested_s = 0, self.best.step_s
         while start < len(rows) and bound[start] < self.best.step_s and time.perf_counter() < self.deadline_s:
+            if gap >= 1.0 and self.opened >= OPENED:
+                break
             if self.best.step_s < tested_s:  # what a better layout rules out
                 left = may_beat(self.problem, rows, self.best.step_s)
                 left[:start] = False

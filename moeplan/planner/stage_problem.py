@@ -28,8 +28,12 @@ from moeplan.costmodels.pipeline.waves import span_s
 from moeplan.errors import ProblemError
 
 Ints = npt.NDArray[np.int64]
+LEVEL = 500
+"""Level splits of a pipeline that are looked at."""
 EXTRA = 2
 """Layers that a chunk at an end of a level split may have beyond others."""
+SHORT = 2
+"""Layers that it may have less, if it has any."""
 BESIDE = 3
 """Other chunks of a level split that may have one layer more or less."""
 SAME = 1e-9
@@ -245,16 +249,19 @@ def _level_splits(p: int, v: int, layers: int, ends: int, fewest: tuple[int, ...
                 sizes = np.clip(np.repeat([base + (stage in places) for stage in range(v)], p), fewest, most)
                 if abs(int(sizes.sum()) - layers) <= p + ends:
                     out |= dict.fromkeys(tuple(some.tolist()) for some in _filled(layers, sizes, fewest, most))
-    return np.array(list(out), np.int64).reshape(-1, chunks)
+    evenest = sorted(out, key=lambda sizes: (max(sizes) - min(sizes[1:-2], default=0), sizes))[:LEVEL]
+    return np.array(evenest, np.int64).reshape(-1, chunks)
 
 
 def _filled(layers: int, sizes: Ints, fewest: Sequence[int], most: Sequence[int]) -> Iterator[Ints]:
     """The sizes with as many layers as there are: the ends take what differs, and by one each the chunks before the last."""
     last = len(sizes) - 1
     ends = [0, last - 1, last] if last > 1 else [0, last]
-    for changes in itertools.product(
-        *(range(fewest[c] - int(sizes[c]), min(EXTRA, most[c] - int(sizes[c])) + 1) for c in ends)
-    ):
+    ways = []
+    for c in ends:
+        low, high = fewest[c] - int(sizes[c]), most[c] - int(sizes[c])
+        ways.append(sorted({low, *range(max(low, -SHORT), min(high, EXTRA) + 1)}))
+    for changes in itertools.product(*ways):
         out = sizes.copy()
         out[ends] += changes
         left = layers - int(out.sum())
