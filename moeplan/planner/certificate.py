@@ -22,7 +22,7 @@ class Certificate:
     pipelines: int = 0
     """Pipelines, each with all splits and sets of recomputed modules, that bounds tell about; 0: splits were not looked at."""
     opened: int = 0
-    """Stage problems solved; no split of the other pipelines is faster than the plan."""
+    """Stage problems solved for them, the most promising first."""
     programmes: int = 0
     """Mixed-integer programmes solved to prove it."""
     seconds: float = 0.0

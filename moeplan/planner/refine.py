@@ -59,7 +59,7 @@ class Refinement:
     considered: int
     """Pipelines, each with all its splits and sets of recomputed modules, that the search had left open."""
     opened: int
-    """Stage problems that were solved; no split of the others is faster than the best."""
+    """Stage problems that were solved, the most promising first."""
     programmes: int
     """Mixed-integer programmes that were solved to prove the rest."""
     bound_s: float
