@@ -61,6 +61,15 @@ def format_split(chunks: Sequence[str]) -> str:
     return out
 
 
+def split_letters(sizes: Sequence[int], mtp: int, *, head_alone: bool = False) -> list[str]:
+    """Chunks of decoder layers with embedding, prediction layers and head; `head_alone`: prediction layers a chunk earlier."""
+    chunks = ["t" * size for size in sizes]
+    chunks[0] = "E" + chunks[0]
+    chunks[-2 if head_alone else -1] += "m" * mtp
+    chunks[-1] += "L"
+    return chunks
+
+
 def check_split(text: str, layers: int, mtp: int, pp: int, vpp: int) -> str | None:
     """What is wrong with a split for a model of `layers` decoder and `mtp` prediction layers; None if nothing.
 
@@ -124,10 +133,7 @@ def _balanced(model: Model, seq_len: int, chunks: int) -> str:
         low, high = (low, middle) if _fill(prefix, head + prediction, chunks, middle) else (middle, high)
     sizes = _fill(prefix, head + prediction, chunks, high)
     assert sizes is not None  # one bound holds everything
-    text = ["t" * size for size in sizes]
-    text[0] = "E" + text[0]
-    text[-1] += "m" * len(model.mtp) + "L"
-    return format_split(text)
+    return format_split(split_letters(sizes, len(model.mtp)))
 
 
 def _fill(prefix: list[float], tail: float, chunks: int, bound: float) -> list[int] | None:
@@ -182,10 +188,7 @@ def chunk_letters(model: Model, pp: int, vpp: int, split: str) -> tuple[str, ...
         return parse_split(split)
     chunks, count = pp * vpp, len(model.layers)
     sizes = [count // chunks + (1 if c < count % chunks else 0) for c in range(chunks)]
-    text = ["t" * size for size in sizes]
-    text[0] = "E" + text[0]
-    text[-1] += "m" * len(model.mtp) + "L"
-    return tuple(text)
+    return tuple(split_letters(sizes, len(model.mtp)))
 
 
 @functools.lru_cache(maxsize=4096)

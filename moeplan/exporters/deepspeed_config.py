@@ -18,7 +18,7 @@ from moeplan.costmodels.hf_config import read_config
 from moeplan.costmodels.model import Model, Moe
 from moeplan.errors import MoeplanError
 from moeplan.exporters.base import Flag
-from moeplan.exporters.demands import Demand, without_features
+from moeplan.exporters.demands import ALL_LAYERS, Demand, whole_layers, without_capacity, without_features
 from moeplan.exporters.flag_facts import load_facts
 from moeplan.exporters.megatron_deepspeed_facts import CONFIG as MEGATRON_CONFIG
 from moeplan.exporters.megatron_deepspeed_facts import model_flags
@@ -144,20 +144,8 @@ DEMANDS: tuple[Demand, ...] = (
         lambda plan: f"CUDA graphs over {'+'.join(plan.layout.cuda_graphs)}",
         "--pin cuda_graphs=none",
     ),
-    Demand(
-        "recompute",
-        "recompute of whole layers or none",
-        lambda plan: plan.layout.recompute not in ((), ("full",)),
-        lambda plan: f"recompute of {'+'.join(plan.layout.recompute)}",
-        "--pin recompute=full, or --pin recompute=none",
-    ),
-    Demand(
-        "recompute-layers",
-        "recompute in all layers or in none",
-        lambda plan: bool(plan.layout.recompute_layers),
-        lambda plan: f"recompute_layers '{plan.layout.recompute_layers}'",
-        "--pin recompute_layers=all",
-    ),
+    whole_layers("recompute of whole layers or none"),
+    ALL_LAYERS,
     Demand(
         "precision",
         "precision bf16 with moments in fp32",
@@ -165,12 +153,7 @@ DEMANDS: tuple[Demand, ...] = (
         lambda plan: f"{plan.problem.workload.precision.name}, moments of {plan.problem.workload.moment_bytes} bytes",
         "--precision bf16",
     ),
-    Demand(
-        "capacity",
-        "no capacity factor: AutoEP drops no tokens",
-        lambda plan: plan.problem.workload.capacity_factor > 0,
-        lambda plan: f"capacity factor {plan.problem.workload.capacity_factor:g}",
-    ),
+    without_capacity("no capacity factor: AutoEP drops no tokens"),
     Demand(
         "offload",
         "all optimizer states in host memory or none: ZeRO 1 takes no share",

@@ -56,3 +56,34 @@ def without_features(*names: str) -> Demand:
         lambda plan: f"{', '.join(features(plan, *names))} is on",
         " ".join(f"--pin {name}=false" for name in names),
     )
+
+
+def whole_layers(demands: str) -> Demand:
+    """The demand that layers recompute whole or not at all."""
+    return Demand(
+        "recompute",
+        demands,
+        lambda plan: plan.layout.recompute not in ((), ("full",)),
+        lambda plan: f"recompute of {'+'.join(plan.layout.recompute)}",
+        "--pin recompute=full, or --pin recompute=none",
+    )
+
+
+ALL_LAYERS = Demand(
+    "recompute-layers",
+    "recompute in all layers or in none",
+    lambda plan: bool(plan.layout.recompute_layers),
+    lambda plan: f"recompute_layers '{plan.layout.recompute_layers}'",
+    "--pin recompute_layers=all",
+)
+"""The demand that all layers recompute the same."""
+
+
+def without_capacity(demands: str) -> Demand:
+    """The demand that experts take all their tokens."""
+    return Demand(
+        "capacity",
+        demands,
+        lambda plan: plan.problem.workload.capacity_factor > 0,
+        lambda plan: f"capacity factor {plan.problem.workload.capacity_factor:g}",
+    )

@@ -16,7 +16,7 @@ from moeplan.costmodels.layout import Layout
 from moeplan.costmodels.model import Attention, Model
 from moeplan.costmodels.model_catalog import named_model
 from moeplan.errors import MoeplanError
-from moeplan.exporters.demands import Demand, without_features
+from moeplan.exporters.demands import ALL_LAYERS, Demand, whole_layers, without_capacity, without_features
 from moeplan.planner.plan import Plan
 from moeplan.records import from_mapping, load_yaml
 
@@ -143,20 +143,8 @@ DEMANDS: tuple[Demand, ...] = (
         lambda plan: f"CUDA graphs over {'+'.join(plan.layout.cuda_graphs)}, pp={plan.layout.pp}, ep={plan.layout.ep}",
         "--pin cuda_graphs=none",
     ),
-    Demand(
-        "recompute",
-        "recompute of whole layers or none: selective policies choose operations, not modules",
-        lambda plan: plan.layout.recompute not in ((), ("full",)),
-        lambda plan: f"recompute of {'+'.join(plan.layout.recompute)}",
-        "--pin recompute=full, or --pin recompute=none",
-    ),
-    Demand(
-        "recompute-layers",
-        "recompute in all layers or in none",
-        lambda plan: bool(plan.layout.recompute_layers),
-        lambda plan: f"recompute_layers '{plan.layout.recompute_layers}'",
-        "--pin recompute_layers=all",
-    ),
+    whole_layers("recompute of whole layers or none: selective policies choose operations, not modules"),
+    ALL_LAYERS,
     Demand(
         "precision",
         "precision bf16 with gradients and moments in fp32",
@@ -167,12 +155,7 @@ DEMANDS: tuple[Demand, ...] = (
         f"moments of {plan.problem.workload.moment_bytes}",
         "--precision bf16",
     ),
-    Demand(
-        "capacity",
-        "no capacity factor: no tokens are dropped",
-        lambda plan: plan.problem.workload.capacity_factor > 0,
-        lambda plan: f"capacity factor {plan.problem.workload.capacity_factor:g}",
-    ),
+    without_capacity("no capacity factor: no tokens are dropped"),
     Demand(
         "offload",
         "optimizer states on the device: weights and gradients would go with them",

@@ -15,7 +15,7 @@ import numpy as np
 
 from moeplan.costmodels.constants import OVERLAP, STEP
 from moeplan.costmodels.layout import Layouts
-from moeplan.costmodels.memory import mean_parameters
+from moeplan.costmodels.memory import StageParameters, mean_parameters
 from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.step import data_parallel_times, dense_group, expert_group
 from moeplan.planner import space
@@ -33,10 +33,14 @@ def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequenc
     whole = Pricing(model, profile, workload, rows).whole_micro_batch_s()
     per_sample: Any = np.asarray(whole / rows.micro_batch).reshape(len(keys), -1).min(axis=1)
     work = workload.global_batch / groups.dp * per_sample[of_row] / groups.pp
-    mean = mean_parameters(model, groups)
-    bound: Any = work + STEP.overhead_s
-    for parameters, where in ((mean.dense, dense_group(profile, groups)), (mean.expert, expert_group(profile, groups))):
-        once = data_parallel_times(profile, workload, groups, parameters, where)
-        reduced = np.where(groups.shards_as("fsdp"), 0.0, profile.exposed * OVERLAP.data_exposed * (once.scatter + once.gather))
-        bound = bound + reduced + once.optimizer
-    return bound
+    return with_once_s(problem, groups, mean_parameters(model, groups), work + STEP.overhead_s)
+
+
+def with_once_s(problem: Problem, rows: Layouts, held: StageParameters, seconds: Any) -> Any:
+    """`seconds` with the optimizer and what no overlap hides of gradient reduction, if a rank holds these parameters, [n]."""
+    profile, workload = problem.profile, problem.workload
+    for parameters, where in ((held.dense, dense_group(profile, rows)), (held.expert, expert_group(profile, rows))):
+        once = data_parallel_times(profile, workload, rows, parameters, where)
+        reduced = np.where(rows.shards_as("fsdp"), 0.0, profile.exposed * OVERLAP.data_exposed * (once.scatter + once.gather))
+        seconds = seconds + reduced + once.optimizer
+    return seconds

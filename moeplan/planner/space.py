@@ -20,7 +20,7 @@ from moeplan.costmodels.activations import separate_norm
 from moeplan.costmodels.layout import DISPATCHERS, RECOMPUTE_MODULES, SHARDINGS, Layouts, mask_of
 from moeplan.costmodels.model import LatentAttention, Mlp
 from moeplan.costmodels.moe_choice import BEST
-from moeplan.costmodels.stages import balanced_split, format_split
+from moeplan.costmodels.stages import balanced_split, format_split, split_letters
 from moeplan.planner.problem import Problem
 
 NOT_SEARCHED = ("sharding", "sequence_parallel", "dp_overlap", "cuda_graphs", "optimizer_offload")
@@ -116,10 +116,7 @@ def even_split(problem: Problem, chunks: int) -> str:
     layers = len(problem.model.layers)
     if layers % chunks:
         return ""
-    text = ["t" * (layers // chunks)] * chunks
-    text[0] = "E" + text[0]
-    text[-1] += "m" * len(problem.model.mtp) + "L"
-    return format_split(text)
+    return format_split(split_letters([layers // chunks] * chunks, len(problem.model.mtp)))
 
 
 def batch_options(problem: Problem) -> dict[str, Sequence[Any]]:

@@ -103,8 +103,8 @@ class _Group:
         slowest = self._slowest_s()
         out = self.pp * slowest >= self.whole * (1.0 - SLACK)
         counts = [of_layer.count(k) for k in range(len(model.kinds))]
-        kinds = [int(np.argmax(counts))]
-        tests = [(counts[k], self.seconds[k], self.states[k], self.saved[k]) for k in kinds]
+        most = int(np.argmax(counts))
+        tests = [(counts[most], self.seconds[most], self.states[most], self.saved[most])]
         if len(counts) > 1:
             tests.append((len(of_layer), *(table.min(axis=0) for table in (self.seconds, self.states, self.saved))))
         for layers, seconds, states, saved in tests:

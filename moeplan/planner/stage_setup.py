@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.costmodels.constants import OVERLAP, STEP
+from moeplan.costmodels.constants import STEP
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.memory import least_most_parameters, micro_batches
 from moeplan.costmodels.moments import compositions
 from moeplan.costmodels.peak import head_bytes
 from moeplan.costmodels.price import Pricing
-from moeplan.costmodels.stages import chunk_units, format_split
-from moeplan.costmodels.step import data_parallel_times, dense_group, expert_group, send_times, sends_exposed_s
+from moeplan.costmodels.stages import chunk_units, format_split, split_letters
+from moeplan.costmodels.step import send_times, sends_exposed_s
+from moeplan.planner.bounds import with_once_s
 from moeplan.planner.problem import Problem
 from moeplan.planner.stage_problem import Moment, StageProblem, chunk_sizes
 
@@ -42,25 +43,16 @@ class Form:
 
 def split_text(problem: Problem, sizes: Any, alone: bool) -> str:
     """The text of a split by the layers of each chunk."""
-    chunks = ["t" * int(size) for size in sizes]
-    chunks[0] = "E" + chunks[0]
-    chunks[-2 if alone else -1] += "m" * len(problem.model.mtp)
-    chunks[-1] += "L"
-    return format_split(chunks)
+    return format_split(split_letters([int(size) for size in sizes], len(problem.model.mtp), head_alone=alone))
 
 
 def least_rest_s(problem: Problem, rows: Layouts) -> Any:
     """Seconds of a step beside its passes that no split avoids, [n]."""
     profile, workload = problem.profile, problem.workload
-    most = least_most_parameters(problem.model, rows)
     inside, across = send_times(problem.model, profile, workload, rows)
     one = np.where(rows.tp * rows.cp * rows.dp < profile.cluster.domain_gpus, inside, across)
-    rest: Any = STEP.overhead_s + sends_exposed_s(one, micro_batches(workload, rows), rows.pp, rows.vpp)
-    for parameters, where in ((most.dense, dense_group(profile, rows)), (most.expert, expert_group(profile, rows))):
-        once = data_parallel_times(profile, workload, rows, parameters, where)
-        reduced = np.where(rows.shards_as("fsdp"), 0.0, profile.exposed * OVERLAP.data_exposed * (once.scatter + once.gather))
-        rest = rest + reduced + once.optimizer
-    return rest
+    sends = sends_exposed_s(one, micro_batches(workload, rows), rows.pp, rows.vpp)
+    return with_once_s(problem, rows, least_most_parameters(problem.model, rows), STEP.overhead_s + sends)
 
 
 def forms(problem: Problem, rows: Layouts) -> Iterator[Form]:
