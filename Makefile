@@ -5,13 +5,14 @@
 # make spread  fit the error bars to published runs, write them and the tables of docs/uncertainty.md
 # make accuracy  compare with published runs, write docs/accuracy.md, fail below a threshold
 # make quality  plans beside published layouts, write docs/quality.md, fail where one is not reached
+# make exhaustive  search beside pricing everything, write docs/exhaustive.md, fail where the optimum differs
 # make schedules  schedules of an MoE layer beside their papers, write docs/schedules.md
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench spread accuracy quality schedules docs clean
+.PHONY: demo test check bench spread accuracy quality exhaustive schedules docs clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
@@ -48,6 +49,7 @@ bench: $(STAMP)
 	$(RUN)/python -m benchmarks.speed.simulation
 	$(RUN)/python -m benchmarks.speed.commands
 	$(RUN)/python -m benchmarks.speed.gradients
+	$(RUN)/python -m benchmarks.speed.elastic_moves
 
 spread: $(STAMP)
 	$(RUN)/python -m benchmarks.fit_spread
@@ -57,6 +59,9 @@ accuracy: $(STAMP)
 
 quality: $(STAMP)
 	$(RUN)/python -m benchmarks.quality
+
+exhaustive: $(STAMP)
+	$(RUN)/python -m benchmarks.exhaustive
 
 schedules: $(STAMP)
 	$(RUN)/python -m benchmarks.schedules

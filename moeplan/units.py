@@ -18,7 +18,7 @@ TERA = 1e12
 HOUR_S = 3600.0
 
 _SIZES = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB, "kb": KB, "mb": MB, "gb": GB, "tb": TB}
-_TIMES = {"": 1.0, "us": US, "ms": MS, "s": 1.0, "m": 60.0, "min": 60.0, "h": HOUR_S}
+_TIMES = {"": 1.0, "us": US, "ms": MS, "s": 1.0, "m": 60.0, "min": 60.0, "h": HOUR_S, "d": 24 * HOUR_S}
 
 
 def parse_bytes(text: str) -> float:
@@ -55,6 +55,14 @@ def format_seconds(t: float) -> str:
         return "0 s"
     unit, size = next(((u, s) for u, s in (("us", US), ("ms", MS)) if abs(t) < 1000 * s), ("s", 1.0))
     return f"{t / size:#.3g}".rstrip(".") + f" {unit}" if abs(t) < 999.5 * size else f"{t / size:,.0f} {unit}"
+
+
+def format_duration(t: float) -> str:
+    """A long time for people: "154 days", "6.0 h", "35 min", "12.3 s"."""
+    for unit, size in (("days", 24 * HOUR_S), ("h", HOUR_S), ("min", 60.0)):
+        if t >= 2 * size:
+            return f"{t / size:.{0 if t >= 100 * size else 1}f} {unit}"
+    return format_seconds(t)
 
 
 def format_count(n: float) -> str:

@@ -23,6 +23,7 @@ COMMANDS = {
     "explain": "Show what a plan's time and memory go to, and what its neighbours cost.",
     "schedule": "Compare the schedules of one MoE layer.",
     "sweep": "Solve a question over a grid of sizes, devices and workloads.",
+    "elastic": "Plan for every node count, with what moving between them costs.",
     "simulate": "Run one step of a plan as a timeline of all stages and micro-batches.",
     "export": "Write launch files for a plan.",
     "import": "Read a launch script that is in use today.",

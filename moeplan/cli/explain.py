@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="OTHER", help="Compare with another plan.")
 @click.option("--what-if", is_flag=True, help="Which constraint binds: change one at a time and solve again.")
+@click.option(
+    "--node-mtbf", metavar="TIME", help="For advice on checkpoints: time between failures of a node.  [default: 153.8d]"
+)
+@click.option(
+    "--storage-bandwidth", metavar="SIZE", help="Likewise, bytes per second of the whole job, like 50GB.  [default: 1GB a node]"
+)
 @json_option
-def explain(plan_file: Path, against: Path | None, what_if: bool, as_json: bool) -> int:
+def explain(
+    plan_file: Path, against: Path | None, what_if: bool, node_mtbf: str | None, storage_bandwidth: str | None, as_json: bool
+) -> int:
     """Show what a plan's time and memory go to, and what its neighbours cost.
 
     \b
@@ -31,8 +39,13 @@ def explain(plan_file: Path, against: Path | None, what_if: bool, as_json: bool)
       moeplan explain plan.yaml --against other.yaml
       moeplan explain plan.yaml --what-if
 
-    For each degree the next value up and down is shown at its best, or with the rule or the memory that forbids it.
+    For each degree the next value up and down is shown at its best, or with the rule or the memory that forbids it. Checkpoint
+    advice is the interval that keeps most work; a node fails every 153.8 days by default (Meta's RSC-1).
     """
+    from moeplan.cli.elastic_options import overheads_of, rates_of
+    from moeplan.cli.render import console
+    from moeplan.cli.render_elastic import saving_data, saving_lines
+    from moeplan.planner.elastic.saves import advised_saving
     from moeplan.planner.explain import bindings, neighbours
     from moeplan.planner.gradient_windows import gradient_windows
     from moeplan.planner.plan import load_plan
@@ -41,6 +54,7 @@ def explain(plan_file: Path, against: Path | None, what_if: bool, as_json: bool)
 
     if what_if and against is not None:
         raise UsageError("--what-if and --against answer two questions", hint="leave one of the two out")
+    availability, overheads = rates_of(node_mtbf=node_mtbf), overheads_of(storage_bandwidth=storage_bandwidth)
     plan = load_plan(plan_file)
     other = load_plan(against) if against is not None else None
     for text in plan.remarks:
@@ -55,10 +69,14 @@ def explain(plan_file: Path, against: Path | None, what_if: bool, as_json: bool)
     limits, around = bindings(plan), neighbours(plan)
     schedules = alternatives(plan.problem, plan.layout)
     windows = gradient_windows(plan.problem, plan.layout, plan.stage_s)
+    saving = advised_saving(plan.problem, plan.layout, plan.step_s, availability, overheads)
     if as_json:
-        print_json(_data(plan, limits, around, schedules) | {"gradients": to_mapping(windows) if windows else None})
+        data = _data(plan, limits, around, schedules) | {"gradients": to_mapping(windows) if windows else None}
+        print_json(data | {"checkpoints": saving_data(saving, availability)})
     else:
         _show(plan, limits, around, schedules, windows)
+        for line in saving_lines(saving, availability):
+            console().print(line)
     return 0
 
 

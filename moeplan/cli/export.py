@@ -54,7 +54,7 @@ def export(
     from moeplan.planner.plan import load_plan
     from moeplan.units import format_bytes
 
-    values = _settings(settings)
+    values = read_settings(settings)
     plan = load_plan(plan_file)
     for text in plan.remarks:
         remark(text)
@@ -74,7 +74,7 @@ def export(
     return 0
 
 
-def _settings(given: tuple[str, ...]) -> dict[str, str]:
+def read_settings(given: tuple[str, ...]) -> dict[str, str]:
     """NAME=VALUE pairs; a name that stands twice with two values is a slip."""
     values: dict[str, str] = {}
     for text in given:

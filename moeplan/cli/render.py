@@ -121,9 +121,10 @@ def title(plan: Plan) -> str:
 
 
 def _recompute(layout: Layout) -> str:
-    """What is recomputed, and in how many layers of each chunk where these are not all: "moe_act mlp", "full (2)"."""
+    """What is recomputed, in how many layers of each chunk where these are not all, and what is offloaded: "full (2)"."""
     counts = f" ({layout.recompute_layers})" * bool(layout.recompute_layers)
-    return " ".join(layout.recompute) + counts if layout.recompute else "-"
+    offload = f" offload {layout.optimizer_offload:.0%}" * bool(layout.optimizer_offload)
+    return (" ".join(layout.recompute) + counts) * bool(layout.recompute) + offload or "-"
 
 
 def dispatch_text(plan: Plan) -> str:
@@ -139,13 +140,12 @@ def certificate_lines(found: Certificate) -> Iterable[Text]:
     """What stands behind the answer."""
     yield Text(
         f"best of {format_count(found.considered)} layouts, {_gap(found)}, {found.seconds:.2f} s "
-        f"({format_count(found.priced)} priced in full)"
+        f"({format_count(found.priced + found.variants)} priced in full)"
     )
     if found.pipelines:
         proofs = f", {found.programmes} integer programmes" if found.programmes else ""
-        yield Text(
-            f"every split of {format_count(found.pipelines)} pipelines by bounds: {format_count(found.opened)} solved{proofs}"
-        )
+        others = f"; no other split more than {found.uneven_gap:.1%} faster" if found.uneven_gap >= 0.0005 else ""
+        yield Text(f"splits of {format_count(found.pipelines)} pipelines: {format_count(found.opened)} solved{proofs}{others}")
     names = {
         "memory": "too large for the device",
         "slower": "slower (by bound or by subset)",

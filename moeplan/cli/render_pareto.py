@@ -131,15 +131,17 @@ def scatter(
     label: Callable[[Any], str],
     scale: Callable[[float], float],
     width: int,
+    *,
+    value: Callable[[float], str] = format_seconds,
 ) -> Iterator[Text]:
-    """Points of times over something, between the least and the greatest of both; `scale` is that of both axes."""
+    """Points of times, or of another `value`, between the least and the greatest of both; `scale` is that of both axes."""
     columns = min(width, WIDTH) - _LABEL - 1
     right = _places([scale(x) for x in xs], columns)
     down = [HEIGHT - 1 - row for row in _places([scale(s) for s in seconds], HEIGHT)]
     cells = [[" "] * columns for _ in range(HEIGHT)]
     for row, column in zip(down, right, strict=True):
         cells[row][column] = "●"
-    labels = {0: format_seconds(max(seconds)), HEIGHT - 1: format_seconds(min(seconds))}
+    labels = {0: value(max(seconds)), HEIGHT - 1: value(min(seconds))}
     yield Text(f"{name}", style="dim")
     for row, marks in enumerate(cells):
         line = Text(f"{labels.get(row, ''):>{_LABEL}}{'┤' if row in labels else '│'}", style="dim")

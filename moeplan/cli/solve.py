@@ -42,13 +42,14 @@ from moeplan.errors import UsageError
     help="Say what to change in this plan (of `moeplan import`), in place of a question of your own.",
 )  # fmt: skip
 @click.option(
-    "--refine", is_flag=True, help="Look at every split of layers over the stages, with a bound on what was not found."
-)
+    "--refine/--no-refine", default=None,
+    help="Look at further splits of layers over the stages than even and balanced ones.  [default: refine]",
+)  # fmt: skip
 @click.option(
-    "--gap", type=Share(), metavar="SHARE", help="With --refine: prove the best plan to 0.005 or 0.5% of its time (MILP)."
+    "--gap", type=Share(), metavar="SHARE", help="Prove by MILP that splits that are not level are no faster by 0.005 or 0.5%."
 )
-@click.option("--time-limit", metavar="TIME", help="With --refine: look no further after this, like 30s.")
-@click.option("--jobs", type=Count(256), default=1, show_default=True, help="With --refine and --gap: processes that prove.")
+@click.option("--time-limit", metavar="TIME", help="Look no further for splits after this, like 30s.")
+@click.option("--jobs", type=Count(256), default=1, show_default=True, help="With --gap: processes that prove.")
 @click.option("--pareto", is_flag=True, help="Show the plans that no other beats in step time, GPUs and free memory at once.")
 @click.option("--top", type=Count(100), default=5, show_default=True, help="Plans to show, up to 100.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the best plan to this file.")
@@ -60,7 +61,7 @@ def solve(
     pins: tuple[str, ...],
     forbidden: tuple[str, ...],
     improve: Path | None,
-    refine: bool,
+    refine: bool | None,
     gap: float | None,
     time_limit: str | None,
     jobs: int,
@@ -122,7 +123,7 @@ def _beside_baselines(solution: Any) -> Any:
     return dataclasses.replace(solution, plans=(with_baselines(solution.plans[0]), *solution.plans[1:]))
 
 
-def _check_pareto(objective: str, improve: Path | None, refine: bool) -> None:
+def _check_pareto(objective: str, improve: Path | None, refine: bool | None) -> None:
     """Refuse what `--pareto` leaves no room for."""
     other = "--improve" if improve is not None else "--refine" if refine else f"--objective {objective}"
     if other != "--objective throughput":
@@ -190,20 +191,22 @@ def _target(objective: str, step_time: str | None, tokens_per_s: float | None) -
     return target
 
 
-def _splits(refine: bool, gap: float | None, time_limit: str | None, jobs: int, objective: str) -> Any:
+def _splits(refine: bool | None, gap: float | None, time_limit: str | None, jobs: int, objective: str) -> Any:
     """How far splits are looked at; None: no further than the search does."""
     from moeplan.planner.solve import Splits
     from moeplan.units import parse_seconds
 
-    if not refine:
-        given = [n for n, v in (("--gap", gap), ("--time-limit", time_limit), ("--jobs", jobs > 1 or None)) if v is not None]
-        if given:
-            raise UsageError(f"{given[0]} goes with --refine", hint="the search without it always ends with gap 0")
-        return None
+    given = [n for n, v in (("--gap", gap), ("--time-limit", time_limit), ("--jobs", jobs > 1 or None)) if v is not None]
     if objective != "throughput":
-        raise UsageError(
-            f"--refine does not go with --objective {objective}", hint="solve for the GPUs that it finds, then refine"
-        )
+        if given or refine:
+            name = "--refine" if refine else given[0]
+            hint = "solve for the GPUs that it finds, then refine"
+            raise UsageError(f"{name} does not go with --objective {objective}", hint=hint)
+        return None
+    if refine is False:
+        if given:
+            raise UsageError(f"{given[0]} does not go with --no-refine", hint="the search without it always ends with gap 0")
+        return None
     limit_s = math.inf if time_limit is None else parse_seconds(time_limit)
     if limit_s <= 0.0:
         raise UsageError(f"--time-limit {time_limit}: a time above 0 is needed")

@@ -221,6 +221,20 @@ class Layouts:
         """The same layouts with some columns replaced."""
         return dataclasses.replace(self, **columns)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Layouts]) -> Layouts:
+        """The layouts of all parts, of which there is at least one, in their order."""
+        columns: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if field.name not in _TEXTS:
+                columns[field.name] = np.concatenate([getattr(part, field.name) for part in parts])
+        for texts, place in _TEXTS.items():
+            known = {text: i for i, text in enumerate(dict.fromkeys(text for part in parts for text in getattr(part, texts)))}
+            maps = [np.array([known[text] for text in getattr(part, texts)], np.int64) for part in parts]
+            columns[texts] = tuple(known)
+            columns[place] = np.concatenate([m[getattr(part, place)] for m, part in zip(maps, parts, strict=True)])
+        return cls(**columns)
+
     def distinct(self, *names: str) -> tuple[Layouts, Ints]:
         """The layouts that differ in the named columns, and for every row its place among them."""
         return Codes(self).distinct(*names)
@@ -262,15 +276,16 @@ class Layouts:
         return cls(**arrays, stages=stages, schedules=schedules, recompute_counts=counts)
 
 
-_TEXTS = ("stages", "schedules", "recompute_counts")
-"""Fields of `Layouts` that are no columns."""
+_TEXTS = {"stages": "split", "schedules": "schedule", "recompute_counts": "recompute_count"}
+"""Fields of `Layouts` that are no columns, and the columns of places in them."""
 
 
 class Codes:
     """Columns of many layouts as codes of the values that occur, made once for each column.
 
-    Columns hold small non-negative integers, so tables of what occurs replace sorting, and a combination of columns is a number
-    in a mixed radix. Costs that depend on few columns are computed on the few distinct layouts and gathered.
+    Columns hold small non-negative integers, so tables of what occurs replace sorting (but for the offloaded share of the
+    optimizer), and a combination of columns is a number in a mixed radix. Costs that depend on few columns are computed on the
+    few distinct layouts and gathered.
     """
 
     def __init__(self, layouts: Layouts, known: Codes | None = None, changed: tuple[str, ...] = ()) -> None:
@@ -311,12 +326,15 @@ class Codes:
     def _code(self, name: str) -> tuple[Any, int]:
         """Codes of a column and their number; no codes where all values are the same."""
         if name not in self._codes:
-            column = getattr(self.layouts, name).astype(np.int64, copy=False)
-            most = int(column.max(initial=0))
-            if not len(column) or most == int(column.min()):
+            column = getattr(self.layouts, name)
+            if not len(column) or column.max() == column.min():
                 self._codes[name] = (None, min(1, len(column)))
+            elif column.dtype == np.float64:
+                shares, codes = np.unique(column, return_inverse=True)
+                self._codes[name] = (codes.astype(np.int32), len(shares))
             else:
-                values, lookup = _places(column, most + 1)
+                column = column.astype(np.int64, copy=False)
+                values, lookup = _places(column, int(column.max()) + 1)
                 self._codes[name] = (lookup.astype(np.int32)[column], len(values))
         return self._codes[name]
 

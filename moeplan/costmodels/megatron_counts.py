@@ -42,12 +42,12 @@ class Held:
 
 def layer_held(layer: Layer, model: Model, tp: Number, ep: Number, etp: Number) -> Held:
     """What a rank holds of one decoder layer."""
-    return _held(_layer_weights(layer, model), tp, ep, etp)
+    return _held(layer_weights_held(layer, model), tp, ep, etp)
 
 
 def prediction_held(model: Model, tp: Number, ep: Number, etp: Number) -> Held:
     """What a rank holds of all prediction (MTP) layers, without the copy of the embedding that stands beside them."""
-    return _held(_prediction_weights(model), tp, ep, etp)
+    return _held(prediction_weights_held(model), tp, ep, etp)
 
 
 def padded_vocab(model: Model, tp: Number) -> Number:
@@ -73,7 +73,8 @@ def final_norm_held(model: Model) -> Held:
     return Held(norm_size(model), 0)
 
 
-def _layer_weights(layer: Layer, model: Model) -> Iterable[Weight]:
+def layer_weights_held(layer: Layer, model: Model) -> Iterable[Weight]:
+    """The weights of one decoder layer as Megatron builds them, before they are cut."""
     for weight in layer_weights(layer, model):
         if weight.name != "expert_bias":
             yield weight
@@ -83,9 +84,10 @@ def _layer_weights(layer: Layer, model: Model) -> Iterable[Weight]:
             yield Weight("query_norm", model.hidden, 1, Shard.REPLICATED, gemm=False)
 
 
-def _prediction_weights(model: Model) -> Iterable[Weight]:
+def prediction_weights_held(model: Model) -> Iterable[Weight]:
+    """The weights of all prediction (MTP) layers, before they are cut."""
     for layer in model.mtp[:1] if model.mtp_shared else model.mtp:
-        yield from _layer_weights(layer, model)
+        yield from layer_weights_held(layer, model)
         yield from mtp_weights(model)
 
 

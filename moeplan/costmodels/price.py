@@ -51,11 +51,11 @@ SPLIT_FIELDS = ("pp", "vpp", "split")
 """What says which layers stand on which rank."""
 GROUP_FIELDS = (*SPLIT_FIELDS, "recompute_count")
 """What says besides which of them recompute; layouts that share it are priced together."""
-DENSE_SPREAD = (*SPLIT_FIELDS, "tp", "cp", "dp", "sharding")
-"""What the exchange of dense parameters depends on (with the optimizer's offload)."""
-EXPERT_SPREAD = (*SPLIT_FIELDS, "ep", "etp", "edp", "sharding")
+DENSE_SPREAD = (*SPLIT_FIELDS, "tp", "cp", "dp", "sharding", "optimizer_offload")
+"""What the exchange of dense parameters depends on."""
+EXPERT_SPREAD = (*SPLIT_FIELDS, "ep", "etp", "edp", "sharding", "optimizer_offload")
 """What the exchange of expert parameters depends on."""
-STATE_FIELDS = ("pp", "tp", "cp", "dp", "etp", "edp", "sharding")
+STATE_FIELDS = ("pp", "tp", "cp", "dp", "etp", "edp", "sharding", "optimizer_offload")
 """What the bytes of a parameter depend on."""
 BLOCK = 16384
 """Rows priced at a time."""
@@ -335,7 +335,7 @@ class Pricing:
     @functools.cached_property
     def _states(self) -> tuple[StateBytes, Any]:
         """Bytes of each parameter on the distinct spreads, and every row's place among them."""
-        spread, of_row = self._distinct_with_offload(STATE_FIELDS)
+        spread, of_row = self._codes.distinct(*STATE_FIELDS)
         return state_bytes(self.model, self.profile.cluster.device, self.workload, spread), of_row
 
     @functools.cached_property
@@ -362,17 +362,11 @@ class Pricing:
 
     @functools.cached_property
     def _dense_spread(self) -> tuple[Layouts, Any]:
-        return self._distinct_with_offload(DENSE_SPREAD)
+        return self._codes.distinct(*DENSE_SPREAD)
 
     @functools.cached_property
     def _expert_spread(self) -> tuple[Layouts, Any]:
-        return self._distinct_with_offload(EXPERT_SPREAD)
-
-    def _distinct_with_offload(self, fields: tuple[str, ...]) -> tuple[Layouts, Any]:
-        """Distinct layouts of some fields; an optimizer offload is a fraction, so where there is any every row is its own."""
-        if self.layouts.optimizer_offload.any():
-            return self.layouts, np.arange(len(self.layouts))
-        return self._codes.distinct(*fields)
+        return self._codes.distinct(*EXPERT_SPREAD)
 
     @functools.cached_property
     def _stage_in_domain(self) -> Any:

@@ -123,14 +123,18 @@ def data_parallel_times(
     ddp, offload = layouts.shards_as("ddp"), layouts.optimizer_offload
     updated = parameters / np.where(ddp, 1, where.ranks)
     on_device = profile.stream_s(STEP.optimizer_bytes * updated * (1.0 - offload), "optimizer")
-    # An offloaded share moves its gradients down and its weights up.
-    over_link = (workload.gradient_bytes + 2.0) * updated * offload / profile.cluster.pcie.bytes_per_s
+    on_host = host_update_s(profile, workload) * updated * offload
     return DataParallelTime(
         scatter=moved(reduce_scatter_s, gradient),
         # Without sharding the sums of the gradients go back to everyone; weights stay where they are.
         gather=moved(all_gather_s, np.where(ddp, gradient, weight)),
-        optimizer=on_device + over_link,
+        optimizer=on_device + on_host,
     )
+
+
+def host_update_s(profile: Profile, workload: Workload) -> float:
+    """Seconds of an offloaded parameter: its gradient moves down, the host updates it, its weight moves up."""
+    return (workload.gradient_bytes + 2.0) / profile.cluster.pcie.bytes_per_s + STEP.host_update_s
 
 
 def dense_group(profile: Profile, layouts: Layouts) -> Group:

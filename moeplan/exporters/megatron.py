@@ -51,6 +51,8 @@ def environment(plan: Plan) -> dict[str, str]:
         out["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if layout.cuda_graphs:
         out["NCCL_GRAPH_REGISTER"] = "0"
+    if layout.optimizer_offload:
+        out["OMP_NUM_THREADS"] = "8"  # the host updates parameters; torchrun leaves a process one thread
     said = {str(name): str(value) for name, value in plan.imported.get("environment", {}).items()}
     return {**{name: value for name, value in said.items() if re.fullmatch(r"[A-Za-z_]\w*", name)}, **out}
 

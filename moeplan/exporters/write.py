@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moeplan.costmodels.counts import parameter_count
 from moeplan.costmodels.layout import Layout
@@ -50,7 +51,24 @@ def export(
     of launchers and variables of the job. `force`: replace an older export.
     """
     texts = compose(plan, exporter, version or exporter.version, launchers, settings or {})
-    _check_place(directory, force)
+    write_directory(texts, directory, lambda staging: check_reading(plan, exporter.read(staging)), force=force)
+    return [directory / name for name in texts]
+
+
+def write_directory(
+    texts: Mapping[str, str],
+    directory: Path,
+    check: Callable[[Path], object],
+    *,
+    force: bool,
+    listing: str = PLAN,
+    load: Callable[[Path], Mapping[str, Any]] = load_export,
+) -> None:
+    """Write files into a new directory, all or none, once `check` has read them back from another place.
+
+    `listing`: the file that names all files of an export, as `load` reads it; `force` replaces a directory with no others.
+    """
+    _check_place(directory, force, listing, load)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -61,14 +79,13 @@ def export(
             (staging / name).write_text(text, encoding="utf-8")
             (staging / name).chmod(0o755 if text.startswith("#!") else 0o644)
         staging.chmod(0o755)
-        check_reading(plan, exporter.read(staging))
+        check(staging)
         _put(staging, directory)
     except BaseException as error:  # an interrupt must not leave the staging directory behind either
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
             raise FileError(f"cannot write to '{directory}': {error.strerror}", hint="choose a writable directory") from None
         raise
-    return [directory / name for name in texts]
 
 
 def compose(
@@ -78,7 +95,8 @@ def compose(
     exporter.check(plan, version)
     job = exporter.job(plan, version)
     chosen = _chosen(exporter, job, names)
-    job = _with_settings(job, chosen, settings)
+    check_settings(job, chosen, settings)
+    job = job and with_settings(job, settings)
     texts = exporter.files(plan, version)
     node_files = {*texts, RUN_NODE, PREFLIGHT, PLAN}
     listed = [*texts, *(known.file for known in chosen), PREFLIGHT, PLAN, README]
@@ -145,8 +163,8 @@ def _chosen(exporter: Exporter, job: Job | None, names: Sequence[str] | None) ->
     return known
 
 
-def _with_settings(job: Job | None, chosen: Sequence[Launcher], settings: Mapping[str, str]) -> Job | None:
-    """The job with its variables set; refuses settings that nothing takes."""
+def check_settings(job: Job | None, chosen: Sequence[Launcher], settings: Mapping[str, str]) -> None:
+    """Refuse settings that nothing takes."""
     variables = {v.name for v in job.variables} if job else set()
     options = {option.name for known in chosen for option in known.options}
     for name, value in settings.items():
@@ -156,8 +174,10 @@ def _with_settings(job: Job | None, chosen: Sequence[Launcher], settings: Mappin
             raise UsageError(f"no launcher of this export takes '{name}'", hint=hint if job else "leave --set out")
         if name in variables and not re.fullmatch(_PLAIN, value):
             raise UsageError(f"{name}='{value}' is not a plain path", hint="leave out blanks, quotes and brackets")
-    if job is None:
-        return None
+
+
+def with_settings(job: Job, settings: Mapping[str, str]) -> Job:
+    """The job with its variables set."""
     known = tuple(dataclasses.replace(v, default=settings.get(v.name, v.default)) for v in job.variables)
     return dataclasses.replace(job, variables=known)
 
@@ -168,19 +188,21 @@ def _check_arguments(job: Job, texts: Mapping[str, str]) -> None:
         raise ExportError(f"{job.arguments_file} does not say what the plan does once a shell has read it")
 
 
-def _check_place(directory: Path, force: bool) -> None:
+def _check_place(directory: Path, force: bool, listing: str, load: Callable[[Path], Mapping[str, Any]]) -> None:
     """Refuse a directory that holds anything, but for a whole older export that is to be replaced."""
     if os.path.islink(directory):
         raise FileError(f"'{directory}' is a link, not a directory", hint="choose another directory, or that which it names")
     if not os.path.lexists(directory) or (os.path.isdir(directory) and not os.listdir(directory)):
         return
-    older = directory / PLAN
+    older = directory / listing
     if not (os.path.isdir(directory) and older.is_file()):
         raise FileError(f"'{directory}' exists and is not an empty directory", hint="choose another directory")
     try:
-        listed = {str(name) for name in load_export(older).get("files", ())}
+        listed = {str(name) for name in load(older).get("files", ())}
     except MoeplanError:
-        raise FileError(f"'{directory}' is not empty, and its {PLAN} is no export's", hint="choose another directory") from None
+        raise FileError(
+            f"'{directory}' is not empty, and its {listing} is no export's", hint="choose another directory"
+        ) from None
     if not force:
         raise FileError(
             f"'{directory}' exists and is not an empty directory: it holds an older export",

@@ -9,17 +9,21 @@ of gradient reduction that no overlap hides, the optimizer and the fixed overhea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moeplan.costmodels.constants import OVERLAP, STEP
+from moeplan.costmodels.constants import STEP
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.memory import StageParameters, mean_parameters
 from moeplan.costmodels.price import Pricing
-from moeplan.costmodels.step import data_parallel_times, dense_group, expert_group
+from moeplan.costmodels.step import data_parallel_exposed_s, data_parallel_times, dense_group, expert_group
 from moeplan.planner import space
 from moeplan.planner.problem import Problem
+
+LONG_S = 1e9
+"""A micro-batch that hides all that can be hidden."""
 
 
 def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequence[int]) -> Any:
@@ -33,14 +37,40 @@ def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequenc
     whole = Pricing(model, profile, workload, rows).whole_micro_batch_s()
     per_sample: Any = np.asarray(whole / rows.micro_batch).reshape(len(keys), -1).min(axis=1)
     work = workload.global_batch / groups.dp * per_sample[of_row] / groups.pp
-    return with_once_s(problem, groups, mean_parameters(model, groups), work + STEP.overhead_s)
+    return work + STEP.overhead_s + once(problem, groups, mean_parameters(model, groups)).seconds(slice(None))
 
 
-def with_once_s(problem: Problem, rows: Layouts, held: StageParameters, seconds: Any) -> Any:
-    """`seconds` with the optimizer and what no overlap hides of gradient reduction, if a rank holds these parameters, [n]."""
+@dataclass(frozen=True, slots=True)
+class Once:
+    """What layouts do once a step, whatever their split of layers; arrays are [n]."""
+
+    optimizer_s: Any
+    scatter_s: Any
+    """Reduction of all gradients, 0 where every micro-batch does its own."""
+    gather_s: Any
+    overlap: Any
+    """Whether both run beside compute."""
+    exposed: float
+    """Factor on what stays visible of both."""
+
+    def seconds(self, layouts: Any, micro_batch_s: Any = LONG_S) -> Any:
+        """Seconds at some layouts if the slowest rank takes so long for a micro-batch, in the shape of the two together."""
+        return self.optimizer_s[layouts] + self.exposed * data_parallel_exposed_s(
+            self.scatter_s[layouts], self.gather_s[layouts], micro_batch_s, 1.0,
+            overlap=self.overlap[layouts], every_batch=False, hidden_compute=0.0,
+        )  # fmt: skip
+
+
+def once(problem: Problem, rows: Layouts, held: StageParameters) -> Once:
+    """What layouts do once a step, if a rank holds these parameters."""
     profile, workload = problem.profile, problem.workload
-    for parameters, where in ((held.dense, dense_group(profile, rows)), (held.expert, expert_group(profile, rows))):
-        once = data_parallel_times(profile, workload, rows, parameters, where)
-        reduced = np.where(rows.shards_as("fsdp"), 0.0, profile.exposed * OVERLAP.data_exposed * (once.scatter + once.gather))
-        seconds = seconds + reduced + once.optimizer
-    return seconds
+    dense = data_parallel_times(profile, workload, rows, held.dense, dense_group(profile, rows))
+    expert = data_parallel_times(profile, workload, rows, held.expert, expert_group(profile, rows))
+    sharded = rows.shards_as("fsdp")
+    return Once(
+        optimizer_s=dense.optimizer + expert.optimizer,
+        scatter_s=np.where(sharded, 0.0, dense.scatter + expert.scatter),
+        gather_s=np.where(sharded, 0.0, dense.gather + expert.gather),
+        overlap=rows.dp_overlap,
+        exposed=profile.exposed,
+    )

@@ -151,7 +151,7 @@ class _Tried:
         return frozenset(i for i, yes in enumerate(meets) if yes)
 
 
-_PINNED_ONLY = (*space.NOT_SEARCHED, "recompute", "shared_overlap", "tp_overlap")
+_PINNED_ONLY = (*space.NOT_SEARCHED, "optimizer_offload", "recompute", "shared_overlap", "tp_overlap")
 """Fields whose pin lets values in that no search looks at without it."""
 
 

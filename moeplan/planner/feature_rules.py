@@ -18,6 +18,11 @@ from moeplan.costmodels.stages import chunk_letters
 from moeplan.planner.problem import Problem
 from moeplan.planner.rules import Rule, blocks
 
+LINKED = 2.0
+"""Times the rate of PCIe beyond which GPUs are joined by NVLink: without it they have that of PCIe, with it 3.1 times."""
+DEEPEP_PEERS = 8
+"""Ranks that DeepEP joins over NVLink (`NUM_MAX_NVL_PEERS`); what it sends further goes by RDMA."""
+
 
 def _tensor_overlap(p: Problem, x: Layouts) -> Any:
     return x.tp_overlap & ~(x.sequence_parallel & (x.tp > 1))
@@ -32,12 +37,25 @@ def _dispatcher_era(p: Problem, x: Layouts) -> Any:
     return ~x.dispatches_with("none", *p.workload.era.dispatchers)
 
 
-def _dispatcher_vendor(p: Problem, x: Layouts) -> Any:
-    return x.dispatches_with("deepep", "hybridep") & (p.profile.cluster.device.vendor != "nvidia")
+def _dispatcher_device(p: Problem, x: Layouts) -> Any:
+    device = p.profile.cluster.device
+    either = device.vendor == "nvidia" and 8.0 <= device.capability_number < 11.0
+    deepep = either and (device.host != "grace" or device.capability_number < 10.0)
+    return x.dispatches_with("hybridep") & (not either) | x.dispatches_with("deepep") & (not deepep)
+
+
+def _dispatcher_link(p: Problem, x: Layouts) -> Any:
+    cluster = p.profile.cluster
+    linked = cluster.device.host == "grace" or cluster.scale_up.bytes_per_s > LINKED * cluster.pcie.bytes_per_s
+    return x.dispatches_with("deepep", "hybridep") & (not linked)
 
 
 def _deepep_group(p: Problem, x: Layouts) -> Any:
     return x.dispatches_with("deepep") & (x.etp * x.ep == 1)
+
+
+def _deepep_domain(p: Problem, x: Layouts) -> Any:
+    return x.dispatches_with("deepep") & (np.minimum(x.etp * x.ep, DEEPEP_PEERS) > p.profile.cluster.domain_gpus)
 
 
 def _overlap_experts(p: Problem, x: Layouts) -> Any:
@@ -198,12 +216,27 @@ FEATURE_RULES: tuple[Rule, ...] = (
         lambda p, x: f"dispatcher '{x.dispatcher}' does not exist in era {p.workload.era.name}", "choose a later --era",
     ),
     Rule(
-        "dispatcher-vendor", "features", "DeepEP and HybridEP run on NVIDIA devices (ours)", _dispatcher_vendor,
+        "dispatcher-device", "features",
+        "DeepEP and HybridEP run on NVIDIA's Ampere, Hopper and Blackwell, DeepEP not on Blackwell beside a Grace "
+        "(Megatron-Bridge's)",
+        _dispatcher_device,
         lambda p, x: f"dispatcher '{x.dispatcher}' does not run on {p.profile.cluster.device.name}", "use alltoall",
+    ),
+    Rule(
+        "dispatcher-link", "features", "DeepEP and HybridEP need NVLink between the GPUs of a node (DeepEP's)",
+        _dispatcher_link,
+        lambda p, x: f"'{x.dispatcher}' needs NVLink, {p.profile.cluster.name} has {p.profile.cluster.scale_up.name}",
+        "use alltoall",
     ),
     Rule(
         "deepep-group", "features", "DeepEP needs etp * ep > 1", _deepep_group,
         lambda p, x: f"dispatcher 'deepep' with etp*ep = {x.etp}*{x.ep}", "use alltoall",
+    ),
+    Rule(
+        "deepep-domain", "features", "the first 8 ranks of a group of experts share an NVLink domain (DeepEP's)",
+        _deepep_domain,
+        lambda p, x: f"dispatcher 'deepep' with etp*ep = {x.etp}*{x.ep} over domains of {p.profile.cluster.domain_gpus}",
+        "use alltoall",
     ),
     Rule(
         "graph-capacity", "features", "a graphed moe_preprocess with alltoall excludes a capacity factor", _graph_capacity,

@@ -1,8 +1,9 @@
 """What to change in a layout that is in use: single edits by what each brings, then a path of them, smallest edits first.
 
 An edit sets one field of the layout and what follows from it (data parallelism takes up the difference of a degree, a split
-that no longer fits becomes the balanced one). It counts if the framework accepts it, the devices hold it and the step gets
-shorter by `LEAST`; of a layout that the devices do not hold, whatever makes it fit counts. The path takes features first, then
+that no longer fits becomes the balanced one). Switches get values that a search takes, and what changes meets the conditions
+of the problem. An edit counts if the framework accepts it, the devices hold it and the step gets shorter by `LEAST`; of a
+layout that the devices do not hold, whatever makes it fit counts. The path takes features first, then
 the micro-batch and virtual stages, then degrees, each time the edit that brings most; what is left to the best layout of all
 comes last, as one edit. Units: seconds, bytes.
 """
@@ -15,13 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeplan.costmodels.layout import Layout
+from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.recompute import parse_counts
 from moeplan.costmodels.stages import balanced_split, check_split, chunk_letters
 from moeplan.errors import MoeplanError
 from moeplan.planner.constraints import violations
 from moeplan.planner.plan import Plan, price_plan
-from moeplan.planner.problem import Problem
+from moeplan.planner.problem import FIELDS, Problem
+from moeplan.planner.space import feature_options
 
 LEAST = 0.005
 """Share of the step that an edit must bring."""
@@ -32,7 +34,6 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("tp", "cp", "pp", "ep", "etp"),
 )  # fmt: skip
 """Fields by how much an edit of them disturbs a run: features, the schedule of the pipeline, degrees."""
-_SWITCHES = ("ep_overlap", "shared_overlap", "tp_overlap", "dp_overlap", "sequence_parallel")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +100,7 @@ def _edits(plan: Plan, best: Plan, names: Sequence[str], priced: Callable[[Layou
     for name in names:
         for value in _values(plan.problem, plan.layout, best.layout, name):
             layout = _changed(plan.problem, plan.layout, name, value)
-            if layout is None or layout == plan.layout or violations(plan.problem, layout):
+            if layout is None or layout == plan.layout or not _allowed(plan.problem, plan.layout, layout):
                 continue
             edit = Edit(fields=(name,), before=plan, after=priced(layout))
             if edit.after.excess_bytes <= 0 and (too_large or edit.gain > LEAST):
@@ -107,12 +108,24 @@ def _edits(plan: Plan, best: Plan, names: Sequence[str], priced: Callable[[Layou
     return out
 
 
+def _allowed(problem: Problem, before: Layout, after: Layout) -> bool:
+    """Whether the framework accepts a changed layout and what changes meets the conditions of the problem."""
+    changed = [name for name in FIELDS if getattr(before, name) != getattr(after, name)]
+    return bool(problem.allows(Layouts.of([after]), changed)[0]) and not violations(problem, after)
+
+
 def _values(problem: Problem, layout: Layout, best: Layout, name: str) -> Iterator[Any]:
     """Values that a field might have instead."""
     now, wanted = getattr(layout, name), getattr(best, name)
     found: list[Any] = [wanted]
-    if name in _SWITCHES:
+    if name in ("tp_overlap", "ep_overlap"):
+        found += feature_options(problem)[name]
+    elif name == "shared_overlap":
         found.append(not now)
+    elif name == "dp_overlap":
+        found += problem.pinned(name) or [True]
+    elif name == "sequence_parallel":
+        found += problem.pinned(name) or [layout.tp > 1]
     elif name == "dispatcher":
         found += problem.workload.era.dispatchers if problem.model.moe is not None else ()
     elif name == "stages":

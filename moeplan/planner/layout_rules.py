@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moeplan.costmodels.counts import parameter_count
 from moeplan.costmodels.exchange import exchanges_heads
 from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.memory import micro_batches
@@ -17,6 +18,7 @@ from moeplan.costmodels.model import Attention, LatentAttention, LinearAttention
 from moeplan.costmodels.stages import check_split, parse_split
 from moeplan.planner.problem import Problem
 from moeplan.planner.rules import Rule, any_of, blocks
+from moeplan.units import GIB
 
 ROTARY_TABLE = 4096
 """Positions of the rotary table that Megatron makes for latent attention before training starts."""
@@ -99,6 +101,14 @@ def _moments_ddp(p: Problem, x: Layouts) -> Any:
 
 def _offload_sharding(p: Problem, x: Layouts) -> Any:
     return (x.optimizer_offload > 0) & ~x.shards_as("optimizer")
+
+
+def _offload_host(p: Problem, x: Layouts) -> Any:
+    cluster = p.profile.cluster
+    each = cluster.host_memory_bytes / min(cluster.gpus_per_node, cluster.gpus)
+    # fp32 weights, two moments and the gradient that the host works on; hosts of no known memory hold all
+    needed = 16.0 * parameter_count(p.model).total * x.optimizer_offload / (x.tp * x.cp * x.dp * x.pp)
+    return (each > 0) & (needed > each)
 
 
 def _offload_quantized(p: Problem, x: Layouts) -> Any:
@@ -222,6 +232,12 @@ LAYOUT_RULES: tuple[Rule, ...] = (
         "offload-sharding", "degrees", "optimizer offload needs the distributed optimizer (instead of FSDP: ours)",
         _offload_sharding,
         lambda p, x: f"optimizer offload {x.optimizer_offload:g} with sharding '{x.sharding}'", "use sharding=optimizer",
+    ),
+    Rule(
+        "offload-host", "degrees", "offloaded optimizer states fit the memory of the hosts, 16 bytes a parameter (ours)",
+        _offload_host,
+        lambda p, x: f"optimizer offload {x.optimizer_offload:g} on {x.world} GPUs with "
+        f"{p.profile.cluster.host_memory_bytes / GIB:,.0f} GiB of host memory a node", "use less offload or more GPUs",
     ),
     Rule(
         "offload-quantized", "degrees", "optimizer offload with quantised weights needs delayed scaling", _offload_quantized,

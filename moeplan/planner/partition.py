@@ -42,6 +42,8 @@ GAIN = 1e4
 """What all gradients that can be hidden are worth in the objective: CBC takes steps of 1e-5 for none."""
 NODES = 500
 """Nodes of the search for a split after which it is given up: a count, so that the answer does not depend on the machine."""
+SOLVERS = {"HiGHS": "HiGHS", "PULP_CBC_CMD": "CBC"}
+"""What PuLP calls the solvers, in the order in which they are asked, and what everyone else does."""
 GAP = 1e-9
 """Share of that by which a solution is called the best."""
 
@@ -54,6 +56,8 @@ class Split:
     """Layers of each chunk, in order; None where none was found."""
     proven: bool
     """Whether no other split is better, or there is none at all."""
+    remark: str = ""
+    """Which solver was not there or failed, and what took its place; empty: the first did it."""
 
 
 def split_by_milp(problem: StageProblem, *, paths: Sequence[Any] = (), within_s: float = math.inf) -> Split:
@@ -109,10 +113,10 @@ def split_by_milp(problem: StageProblem, *, paths: Sequence[Any] = (), within_s:
                 for x, k in zip(row, (problem.kinds[first] for first, _ in runs), strict=True)
             )
             model += share <= 1.0 - moment.base_bytes / problem.limit_bytes, f"memory_{r}_{place}"
-    status = solved(model, nodes=NODES)
+    status, remark = solved(model, nodes=NODES)
     if status == pulp.LpSolutionOptimal:
-        return Split([round(sum(v.value() for v in row)) for row in held], True)
-    return Split(None, status == pulp.LpSolutionInfeasible)
+        return Split([round(sum(v.value() for v in row)) for row in held], True, remark)
+    return Split(None, status == pulp.LpSolutionInfeasible, remark)
 
 
 def _along(problem: StageProblem, runs: Sequence[tuple[int, int]], held: Any, path: Any, unit_s: float) -> Any:
@@ -128,20 +132,24 @@ def _along(problem: StageProblem, runs: Sequence[tuple[int, int]], held: Any, pa
     return pulp.lpSum(terms) + fixed / unit_s
 
 
-def solved(model: Any, *, time_limit_s: float = 60.0, nodes: int = 0, **gaps: float) -> int:
-    """PuLP's status of the solution that HiGHS finds if it is there and runs, CBC otherwise."""
-    for name in ("HiGHS", "PULP_CBC_CMD"):
+def solved(model: Any, *, time_limit_s: float = 60.0, nodes: int = 0, **gaps: float) -> tuple[int, str]:
+    """PuLP's status of the solution that HiGHS finds if it is there and runs, CBC otherwise; a remark where HiGHS does not."""
+    failed = ""
+    for name, called in SOLVERS.items():
         if name not in pulp.listSolvers(onlyAvailable=True):
+            failed += f"{called} is not installed, "
             continue
+        remark = f"{failed}{called} solved the programmes" if failed else ""
         try:
             model.solve(_solver(name, time_limit_s, nodes, **gaps))
-        except (pulp.PulpSolverError, OSError, RuntimeError):  # a solver that crashes is as good as a missing one
+        except (pulp.PulpSolverError, OSError, RuntimeError) as error:  # one that crashes is as good as a missing one
+            failed += f"{called} failed ({type(error).__name__}), "
             continue
         except KeyError:  # a limit of nodes, which PuLP has no word for
-            return int(pulp.LpSolutionNoSolutionFound)
+            return int(pulp.LpSolutionNoSolutionFound), remark
         # a time limit reached with a solution at hand is "Optimal" to PuLP, but not in the status of the solution
-        return int(model.sol_status)
-    return int(pulp.LpSolutionNoSolutionFound)
+        return int(model.sol_status), remark
+    return int(pulp.LpSolutionNoSolutionFound), f"{failed}no programme was solved: only dynamic programmes and bounds tell"
 
 
 def _equal_in_a_row(items: Sequence[Any]) -> list[tuple[int, int]]:
@@ -207,7 +215,8 @@ def gradients_by_milp(layers: Sequence[BackwardLayer], line: AlphaBeta, *, time_
         cost += tail_s * scale * tail
     model += cost - hidden
     if any(group.chosen for group in groups):
-        if solved(model, time_limit_s=time_limit_s, gapRel=0.0, gapAbs=GAP * GAIN) != pulp.LpSolutionOptimal:
+        status, _ = solved(model, time_limit_s=time_limit_s, gapRel=0.0, gapAbs=GAP * GAIN)
+        if status != pulp.LpSolutionOptimal:
             return None
     return filled(_rooms(groups, len(all_windows)), layers, line)
 

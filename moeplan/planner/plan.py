@@ -184,6 +184,7 @@ class Plan:
             data["certificate"] = {
                 **to_mapping(replace(self.certificate, rejected={})),
                 "gap": round(self.certificate.gap, 6),
+                "uneven_gap": round(self.certificate.uneven_gap, 6),
                 "rejected": dict(sorted(self.certificate.rejected.items(), key=lambda kv: -kv[1])),
             }
         data["runners_up"] = [_runner_data(r) for r in self.runners_up]

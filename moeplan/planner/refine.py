@@ -1,52 +1,52 @@
 """Certified refinement: the best split of layers over pipeline chunks of any layout, with a proof of how good it is.
 
 A search (`search.py`) prices even and FLOP-balanced splits. Here every layout that could beat what it found under another
-split, under any set of recomputed modules, is looked at. `stage_bounds.may_beat` passes over those that cannot. For the others
-the stage problem is solved: exactly for one chunk a rank (`stage_problem.split_by_programme`), by the best of many level splits
-for several; its splits are priced like any layout. What the closed form of a stage problem leaves below the best price is
-closed by mixed-integer programmes (`partition.py`): a split that comes out and takes longer than its closed form adds a longest
-path through its passes to the programme, until what comes out is what it says, or nothing is left that would be faster.
+split, under any set of recomputed modules, is looked at. `stage_bounds.may_beat` passes over those that cannot. Of the others
+all splits are looked at for one chunk a rank, by an exact dynamic programme (`stage_problem.split_by_programme`), and all level
+splits (`level_splits.py`) for several or where part of the layers recompute: bounded in closed form, run pass by pass where
+that is not enough, priced where that is not enough either. So no split among these is faster than the best.
 
-The splits: any for one chunk a rank; for several, chunks within one layer of their mean and, but for the first and the last,
-within one layer of each other in a virtual stage. The answer does not depend on the number of processes.
+What is known of all other splits, of chunks within one layer of their mean, is a bound. Mixed-integer programmes close it where
+a proof is asked for (`stage_proofs.py`). The answer does not depend on the number of processes.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
-import functools
-import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layout, Layouts, mask_of
+from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.memory import micro_batches
 from moeplan.costmodels.price import Pricing
-from moeplan.errors import ProblemError
+from moeplan.costmodels.recompute import parse_counts
 from moeplan.planner.constraints import violations
+from moeplan.planner.level_splits import LevelSplits
 from moeplan.planner.problem import Problem
-from moeplan.planner.search import Candidate, open_rows, with_recompute
-from moeplan.planner.stage_bounds import may_beat
-from moeplan.planner.stage_problem import StageProblem, level_splits, split_by_programme
-from moeplan.planner.stage_setup import Form, forms, least_rest_s, split_text
+from moeplan.planner.relief import FULL, counts_layers
+from moeplan.planner.search import Candidate, accepted_recompute, open_rows, with_recompute
+from moeplan.planner.stage_bounds import EVERY, may_beat
+from moeplan.planner.stage_problem import chunk_sizes, split_by_programme, splits_within
+from moeplan.planner.stage_proofs import Task, proofs
+from moeplan.planner.stage_setup import Group, Rest, groups, least_rest, least_rest_s, split_text
 
-AT_ONCE = 512
+AT_ONCE = 4096
 """Layouts whose stage problems are made together."""
-OPENED = 2048
-"""Stage problems that are solved where no proof is asked for."""
-TRIED = 4
-"""Level splits of a layout that are priced, the quickest of those that fit."""
-PATHS = 12
-"""Programmes of one stage problem, each with one path more."""
-HALVINGS = 7
-"""Of the interval in which the bound of a layout lies."""
-SAME = 1e-6
-"""Share by which a split may take longer than its programme says and still counts as what it says."""
+RUN = 256
+"""Layouts under a split whose passes are run together, the most promising first."""
+PRICED = 16
+"""Layouts under a split that are priced together."""
+MOST_COUNT = 32
+"""Numbers of layers of a chunk that recompute, of which all below are looked at."""
+ENDS = 3
+"""Chunks of a split that may hold no layer: the first, the last, and the one before where the head has that for itself."""
+WITHIN = 4096
+"""Splits of one chunk a rank that are looked at one by one."""
+HALVINGS = 9
+"""Of the interval in which the bound of all layouts lies."""
 Progress = Callable[[int, int], None]
 
 
@@ -55,60 +55,108 @@ class Refinement:
     """What a refinement found."""
 
     best: Candidate
-    """The best layout."""
+    """The best layout; if nothing fits, one that takes forever."""
     considered: int
     """Pipelines, each with all its splits and sets of recomputed modules, that the search had left open."""
     opened: int
-    """Stage problems that were solved, the most promising first."""
+    """Stage problems that closed forms of their splits left open, and dynamic programmes; the most promising first."""
     programmes: int
     """Mixed-integer programmes that were solved to prove the rest."""
     bound_s: float
-    """No split of any layout is faster; infinite if none was left open."""
+    """No split of those looked at is faster: all of one chunk a rank, the level ones of several; infinite if none was left."""
+    uneven_bound_s: float
+    """No split at all is faster where all layers of a kind recompute alike."""
+    remarks: tuple[str, ...] = ()
+    """Which solvers stood in for others."""
 
     @property
     def gap(self) -> float:
-        """Share by which a split that was not found might be faster than the best."""
-        return max(0.0, 1.0 - self.bound_s / self.best.step_s)
+        """Share by which a split that should have been looked at might be faster than the best: 0 unless time ran out."""
+        return self._gap(self.bound_s)
+
+    @property
+    def uneven_gap(self) -> float:
+        """Share by which any split, however uneven, might be faster than the best."""
+        return self._gap(min(self.bound_s, self.uneven_bound_s))
+
+    def _gap(self, bound_s: float) -> float:
+        return max(0.0, 1.0 - bound_s / self.best.step_s) if self.best.step_s < np.inf else 0.0
 
 
 def refine(
     problem: Problem,
-    best: Candidate,
+    best: Candidate | None,
     *,
     gap: float = 0.0,
     deadline_s: float = np.inf,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Refinement:
-    """The best layout under any split, starting from the best that a search found.
+    """The best layout under any split, starting from the best that a search found, if any.
 
-    `gap`: share of the step time that need not be proven. `deadline_s`: `time.perf_counter()` at which to stop proving.
-    `jobs`: processes for the programmes.
+    `gap`: share of the step time that need not be proven of splits that are not level; 1: nothing. `deadline_s`:
+    `time.perf_counter()` at which to stop. `jobs`: processes for the programmes.
     """
-    return _Refining(problem, best, deadline_s, progress).run(gap, jobs)
+    return _Refining(problem, best or Candidate(Layout(), np.inf, np.inf), deadline_s, progress).run(gap, jobs)
 
 
 def resplit(problem: Problem, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Each layout with the best split found of its own layers, recompute as it is."""
     out = list(candidates)
     for i, candidate in enumerate(candidates):
-        if candidate.layout.pp > 1:
+        if candidate.layout.pp > 1 and "|" not in candidate.layout.recompute_layers:
             state = _Refining(problem, candidate, np.inf, None)
-            state.open(Layouts.of([candidate.layout]))
+            state.open(_Open(Layouts.of([candidate.layout]), np.zeros(1)))
             out[i] = state.best
     return out
 
 
 @dataclass(frozen=True, slots=True)
-class _Left:
-    """A form of a layout of which a split might still be faster than the best."""
+class _Open:
+    """Layouts of which a split might be faster than the best; arrays over them are [n]."""
 
-    row: Layout
-    form: Form
-    rest_s: float
-    """Seconds of a step beside its passes, at least."""
-    bound_s: float
+    rows: Layouts
+    bound_s: Any
     """Seconds of a step, at least."""
+    extra_s: Any = None
+    """Seconds that recompute adds at least, where part of the layers do; None: where all layers of a kind are alike."""
+
+    def take(self, keep: Any) -> _Open:
+        """Some of them."""
+        return _Open(self.rows.take(keep), self.bound_s[keep], None if self.extra_s is None else self.extra_s[keep])
+
+    def below(self, problem: Problem, limit_s: float) -> _Open:
+        """Those that could take less under some split."""
+        if self.extra_s is None:
+            return self.take((self.bound_s < limit_s) & may_beat(problem, self.rows, limit_s))
+        counts = np.array([parse_counts(text) or EVERY for text in self.rows.recompute_counts])[self.rows.recompute_count]
+        beats = may_beat(problem, _plain(self.rows), limit_s - self.extra_s, leanest=FULL, lean_layers=counts)
+        return self.take((self.bound_s < limit_s) & beats)
+
+
+class _Level:
+    """Level splits of a group of layouts, with what a step takes under each at least."""
+
+    def __init__(self, group: Group, rest: Rest) -> None:
+        self.group, self.rest, self.splits = group, rest, LevelSplits(group)
+        spans, self.longest_s = self.splits.spans()
+        self.took_s = spans + rest.seconds(group.rows[:, None], self.longest_s)
+        self.least_s = self.took_s.min(initial=np.inf)
+
+    def below(self, limit_s: float) -> Any:
+        """Layouts and splits that fit and could take less, the most promising first, [pairs, 2]."""
+        below = self.took_s < limit_s
+        layouts, splits = np.flatnonzero(below.any(axis=1)), np.flatnonzero(below.any(axis=0))
+        below[np.ix_(layouts, splits)] &= self.splits.fits(layouts, splits)
+        pairs = np.argwhere(below)
+        return pairs[np.argsort(self.took_s[tuple(pairs.T)], kind="stable")]
+
+    def exact_s(self, pairs: Any) -> Any:
+        """What a step takes at least, its passes run one by one, [pairs]."""
+        layouts, splits = pairs.T
+        return self.splits.exact_spans(layouts, splits) + self.rest.seconds(
+            self.group.rows[layouts], self.longest_s[layouts, splits]
+        )
 
 
 class _Refining:
@@ -117,46 +165,76 @@ class _Refining:
     def __init__(self, problem: Problem, best: Candidate, deadline_s: float, progress: Progress | None) -> None:
         self.problem, self.best, self.deadline_s, self.progress = problem, best, deadline_s, progress
         self.opened = 0
-        self.left: list[_Left] = []
+        self.left: list[_Open] = []
+        self.remarks: dict[str, None] = {}
 
     def run(self, gap: float, jobs: int) -> Refinement:
         """All layouts."""
-        # 1. layouts that could be faster under another split, the most promising first
+        # 1. layouts that could be faster under another split
         rows = open_rows(self.problem, self.best.step_s)
-        if any(rows.recompute_counts):
-            raise ProblemError(
-                "splits are not looked at where recompute_layers is pinned", hint="leave out --refine or --pin recompute_layers"
-            )
         considered = len(rows)
-        rows = rows.take(self._least_s(rows) < self.best.step_s)
-        rows = rows.take(may_beat(self.problem, rows, self.best.step_s, leanest=mask_of(["full"], RECOMPUTE_MODULES)))
-        rows = with_recompute(self.problem, rows)
-        rows = rows.take(may_beat(self.problem, rows, self.best.step_s))
-        bound = self._least_s(rows)
-        order = np.argsort(bound, kind="stable")
-        rows, bound = rows.take(order), bound[order]
+        every = _Open(rows, self._least_s(_plain(rows)), np.zeros(len(rows))).below(self.problem, self.best.step_s)
         # 2. their stage problems
-        start, tested_s = 0, self.best.step_s
-        while start < len(rows) and bound[start] < self.best.step_s and time.perf_counter() < self.deadline_s:
-            if gap >= 1.0 and self.opened >= OPENED:
-                break
+        unseen = [self._through(self._sets(every)), self._through(self._counts(every))]
+        # 3. what they leave open
+        known = [some.bound_s[some.rows.vpp == 1] for some in self.left if some.extra_s is None]
+        left = min([*unseen, *(float(bounds.min(initial=np.inf)) for bounds in known)])
+        uneven = [some.take(some.rows.vpp > 1) for some in self.left if some.extra_s is None]
+        aim = self.best.step_s * (1.0 - gap)
+        programmes, proven = self._close([some.below(self.problem, aim) for some in uneven], aim, jobs)
+        bound = min([self._least_of(uneven, aim), *proven])
+        return Refinement(self.best, considered, self.opened, programmes, left, bound, tuple(self.remarks))
+
+    def _sets(self, every: _Open) -> _Open:
+        """Layouts under every set of recomputed modules."""
+        rows = with_recompute(self.problem, every.rows)
+        if any(rows.recompute_counts):  # pinned
+            return _Open(rows, self._least_s(_plain(rows)), np.zeros(len(rows)))
+        return _Open(rows, self._least_s(rows)).below(self.problem, self.best.step_s)
+
+    def _counts(self, every: _Open) -> _Open:
+        """Layouts whose chunks recompute whole layers, in each number of them that could be faster."""
+        rows = every.rows
+        if not counts_layers(self.problem) or any(rows.recompute_counts):
+            return every.take(slice(0, 0))
+        sizes = [
+            chunk_sizes(len(self.problem.model.layers), p, v) for p, v in zip(rows.pp.tolist(), rows.vpp.tolist(), strict=True)
+        ]
+        fewest, most = np.array(sizes, np.int64).reshape(-1, 2).T
+        most = np.minimum(most - (not self.problem.model.mtp), MOST_COUNT - 1)
+        source = np.repeat(np.arange(len(rows)), most)
+        counts = np.arange(len(source)) - np.repeat(np.cumsum(most) - most, most) + 1
+        again, once = (self._layer_s(some) for some in (rows.with_columns(recompute=np.full(len(rows), FULL)), rows))
+        chunks = np.maximum(rows.pp * rows.vpp - ENDS, 0)[source] * np.minimum(counts, fewest[source])
+        each = ((again - once).min(axis=0) * micro_batches(self.problem.workload, rows) / rows.pp)[source]
+        out = _Open(rows.take(source), every.bound_s[source] + chunks * each, chunks * each)
+        keep = out.bound_s < self.best.step_s
+        texts = ("", *(str(k) for k in range(1, MOST_COUNT)))
+        whole = out.rows.take(keep).with_columns(recompute=np.full(int(keep.sum()), FULL))
+        counted = whole.with_columns(recompute_counts=texts, recompute_count=counts[keep])
+        # whether chunks have so many layers is seen when a split is priced
+        accepted = accepted_recompute(self.problem, whole) & self.problem.allows(counted, ("recompute_layers",))
+        return _Open(counted, out.bound_s[keep], out.extra_s[keep]).take(accepted).below(self.problem, self.best.step_s)
+
+    def _through(self, some: _Open) -> float:
+        """Solve the stage problems of layouts, the most promising first; a bound on those for which there was no time."""
+        some, start, tested_s = some.take(np.argsort(some.bound_s, kind="stable")), 0, self.best.step_s
+        while start < len(some.rows) and some.bound_s[start] < self.best.step_s:
+            if time.perf_counter() >= self.deadline_s:
+                return float(some.bound_s[start])
             if self.best.step_s < tested_s:  # what a better layout rules out
-                left = may_beat(self.problem, rows, self.best.step_s)
-                left[:start] = False
-                rows, bound, start, tested_s = rows.take(left), bound[left], 0, self.best.step_s
+                some, start = some.take(slice(start, None)).below(self.problem, self.best.step_s), 0
+                tested_s = self.best.step_s
                 continue
-            self.open(rows.take(slice(start, start + AT_ONCE)))
+            self.open(some.take(slice(start, start + AT_ONCE)))
             start += AT_ONCE
             if self.progress is not None:
-                self.progress(min(start, len(rows)), len(rows))
-        unseen = float(bound[start]) if start < len(rows) else np.inf
-        # 3. what their closed forms leave open
-        self._tighten()
-        aim = self.best.step_s * (1.0 - gap)
-        open_ = [some for some in self.left if some.bound_s < aim]
-        programmes, proven = self._close(open_, aim, jobs)
-        known = [some.bound_s for some in self.left if aim <= some.bound_s < self.best.step_s]
-        return Refinement(self.best, considered, self.opened, programmes, min([unseen, *known, *proven]))
+                self.progress(min(start, len(some.rows)), len(some.rows))
+        return np.inf
+
+    def _layer_s(self, rows: Layouts) -> Any:
+        """Seconds of one micro-batch in a layer of each kind, [kinds, n]."""
+        return Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows).kind_costs().seconds
 
     def _least_s(self, rows: Layouts) -> Any:
         """Seconds that no split of each layout can beat, memory aside, [n]."""
@@ -164,51 +242,69 @@ class _Refining:
         each = micro_batches(self.problem.workload, rows) * pricing.whole_micro_batch_s() / rows.pp
         return each + least_rest_s(self.problem, rows)
 
-    def open(self, rows: Layouts) -> None:
+    def open(self, some: _Open) -> None:
         """Solve the stage problems of some layouts and price what comes out."""
-        rest, least = least_rest_s(self.problem, rows), self._least_s(rows)
-        places, texts = [], []
-        for form in forms(self.problem, rows):
-            self.opened += 1
-            splits, bound = self._splits(form.stages, float(rest[form.row]))
-            bound = max(bound, float(least[form.row]))
-            if bound < self.best.step_s:
-                self.left.append(_Left(rows.row(form.row), form, float(rest[form.row]), bound))
-            places += [form.row] * len(splits)
-            texts += [split_text(self.problem, sizes, form.alone) for sizes in splits]
-        self._price(rows, places, texts)
+        rows, rest, level = some.rows, least_rest(self.problem, some.rows), list[_Level]()
+        of_plain = np.full(len(rows), np.inf)
+        for group in groups(self.problem, rows):
+            if group.chunks_per_rank > 1 or group.again is not None:
+                level.append(_Level(group, rest))
+                of_plain[group.rows] = 0.0
+            else:
+                of_plain[group.rows] = np.minimum(of_plain[group.rows], self._plain(rows, group, rest))
+        for one in sorted(level, key=lambda one: one.least_s):
+            self._level(rows, one)
+        left = _Open(rows, np.maximum(some.bound_s, of_plain), some.extra_s)
+        self.left.append(left.take(left.bound_s < self.best.step_s))
 
-    def _tighten(self) -> None:
-        """Raise the bounds of what is left to the least time that `may_beat` does not rule out."""
-        if not self.left:
-            return
-        rows = Layouts.of([some.row for some in self.left])
-        low, high = np.array([some.bound_s for some in self.left]), np.full(len(rows), self.best.step_s)
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2.0
-            open_ = may_beat(self.problem, rows, middle)
-            low, high = np.where(open_, low, middle), np.where(open_, middle, high)
-        self.left = [dataclasses.replace(some, bound_s=float(b)) for some, b in zip(self.left, low, strict=True)]
-
-    def _splits(self, stages: StageProblem, rest_s: float) -> tuple[Sequence[Any], float]:
-        """Splits of a layout that are worth a price, and a bound on all of them."""
-        if stages.chunks_per_rank == 1:
+    def _plain(self, rows: Layouts, group: Group, rest: Rest) -> Any:
+        """Price the splits of a group of one chunk a rank that could be faster than the best; a bound on what is left, [n]."""
+        bounds = np.full(len(group.rows), np.inf)
+        self.opened += len(group.rows)
+        for i, row in enumerate(group.rows.tolist()):
+            stages, rest_s = group.one(i), float(rest.seconds(row))
             sizes = split_by_programme(stages)
-            if sizes is None:
-                return [], np.inf
-            bound = float(stages.spans(sizes)[0]) + rest_s
-            return ([sizes] if bound < self.best.step_s else []), bound
-        splits = level_splits(stages)
-        splits = splits[(stages.excess_bytes(splits) <= 0.0) & (stages.spans(splits) + rest_s < self.best.step_s)]
-        took = stages.exact_spans(splits) + rest_s if len(splits) else np.zeros(0)
-        return [splits[i] for i in np.argsort(took, kind="stable")[:TRIED] if took[i] < self.best.step_s], rest_s
+            least_s = np.inf if sizes is None else float(stages.spans(sizes)[0]) + rest_s
+            if sizes is None or least_s >= self.best.step_s:
+                continue
+            self._price(rows, group, np.array([i]), [sizes])
+            splits = splits_within(stages, self.best.step_s - rest_s, WITHIN)
+            if splits is None:
+                bounds[i] = least_s
+                continue
+            exact = stages.exact_spans(splits) + rest.seconds(row, stages.slowest_s(splits))
+            self._price_all(rows, group, np.full(len(splits), i), splits, exact)
+        return bounds
 
-    def _price(self, rows: Layouts, places: Sequence[int], texts: Sequence[str]) -> None:
-        """Exact prices of layouts under splits; the best that the framework accepts and the devices hold is kept."""
-        if not places:
+    def _price_all(self, rows: Layouts, group: Group, places: Any, splits: Any, least_s: Any) -> None:
+        """Price layouts of a group under splits in the order of what they take at least, while that beats the best."""
+        order = np.argsort(least_s, kind="stable")
+        for start in range(0, len(order), PRICED):
+            some = order[start : start + PRICED]
+            some = some[least_s[some] < self.best.step_s]
+            if not len(some):
+                break
+            self._price(rows, group, places[some], splits[some].tolist())
+
+    def _level(self, rows: Layouts, level: _Level) -> None:
+        """Price the level splits of a group that could be faster than the best, until none is left."""
+        pairs = level.below(self.best.step_s)
+        self.opened += len(np.unique(pairs[:, 0]))
+        for start in range(0, len(pairs), RUN):
+            some = pairs[start : start + RUN]
+            if level.took_s[tuple(some[0])] >= self.best.step_s:
+                break
+            layouts, splits = some.T
+            self._price_all(rows, level.group, layouts, level.splits.splits[splits], level.exact_s(some))
+
+    def _price(self, rows: Layouts, group: Group, places: Any, splits: Sequence[Sequence[int]]) -> None:
+        """Exact prices of layouts of a group under splits; the best that the framework accepts and the devices hold is kept."""
+        if not len(places):
             return
+        texts = [split_text(self.problem, sizes, group.alone) for sizes in splits]
         known = tuple(dict.fromkeys(texts))
-        split = rows.take(np.array(places)).with_columns(split=np.array([known.index(t) for t in texts]), stages=known)
+        split = rows.take(group.rows[places])
+        split = split.with_columns(split=np.array([known.index(text) for text in texts]), stages=known)
         pricing = Pricing(self.problem.model, self.problem.profile, self.problem.workload, split, exact=True)
         peak, took = pricing.peak_bytes(), pricing.step_seconds()
         took = np.where(self.problem.excess_bytes(peak) <= 0.0, took, np.inf)
@@ -220,63 +316,41 @@ class _Refining:
                 self.best = Candidate(layout, float(took[i]), float(peak[i]))
                 break
 
-    def _close(self, left: Sequence[_Left], aim_s: float, jobs: int) -> tuple[int, list[float]]:
+    def _least_of(self, left: Sequence[_Open], low: float) -> float:
+        """Seconds of a step above `low` that bounds leave none of the layouts below; infinite without any."""
+        high = self.best.step_s
+        left = [rest for some in left if len((rest := some.below(self.problem, high)).rows)]
+        if not left or high == np.inf:
+            return np.inf
+        low = max(low, high / 2.0)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2.0
+            below = [rest for some in left if len((rest := some.below(self.problem, middle)).rows)]
+            low, high, left = (low, middle, below) if below else (middle, high, left)
+        return low
+
+    def _close(self, left: Sequence[_Open], aim_s: float, jobs: int) -> tuple[int, list[float]]:
         """Programmes that were solved, and what they prove of each layout; splits that come out are priced."""
-        left = sorted(left, key=lambda some: some.bound_s)
-        task = functools.partial(_proof, aim_s=aim_s, deadline_s=self.deadline_s)
+        tasks, at = [], []
+        for some in left:
+            rest = least_rest_s(self.problem, some.rows)
+            for group in groups(self.problem, some.rows):
+                for i, row in enumerate(group.rows.tolist()):
+                    tasks.append(Task(group.one(i), float(rest[row]), float(some.bound_s[row]), aim_s, self.deadline_s))
+                    at.append((some.rows, group, i))
+        order = sorted(range(len(tasks)), key=lambda place: tasks[place].bound_s)
         programmes, bounds = 0, []
-        for place, (some, proof) in enumerate(zip(left, _mapped(task, left, jobs), strict=True)):
+        for place, (task, proof) in enumerate(zip(order, proofs([tasks[i] for i in order], jobs), strict=True)):
             programmes += proof.programmes
             bounds.append(proof.bound_s)
-            texts = [split_text(self.problem, sizes, some.form.alone) for sizes in proof.splits]
-            self._price(Layouts.of([some.row]), [0] * len(texts), texts)
+            self.remarks |= {proof.remark: None} if proof.remark else {}
+            rows, group, i = at[task]
+            self._price(rows, group, np.full(len(proof.splits), i), proof.splits)
             if self.progress is not None:
-                self.progress(place + 1, len(left))
+                self.progress(place + 1, len(order))
         return programmes, bounds
 
 
-@dataclass(frozen=True, slots=True)
-class _Proof:
-    bound_s: float
-    programmes: int
-    splits: list[list[int]]
-
-
-def _proof(left: _Left, *, aim_s: float, deadline_s: float) -> _Proof:
-    """A bound on all splits of a layout, as far as it is below `aim_s`, and splits that came out on the way."""
-    from moeplan.planner.partition import split_by_milp  # the solvers are loaded where they are needed
-
-    stages, bound, splits = left.form.stages, left.bound_s, list[list[int]]()
-    paths = _first_paths(stages)
-    for count in range(PATHS):
-        if time.perf_counter() > deadline_s:
-            return _Proof(bound, count, splits)
-        found = split_by_milp(stages, paths=paths, within_s=aim_s - left.rest_s)
-        if found.sizes is None:
-            return _Proof(np.inf if found.proven else bound, count + 1, splits)
-        splits.append(found.sizes)
-        said = max([float(stages.spans(found.sizes)[0]), *(stages.along(found.sizes, path) for path in paths)])
-        bound = max(bound, said + left.rest_s)
-        if float(stages.exact_spans(found.sizes)[0]) <= said * (1.0 + SAME):
-            break
-        paths.append(stages.critical(found.sizes))
-    return _Proof(bound, count + 1, splits)
-
-
-def _first_paths(stages: StageProblem) -> list[Any]:
-    """Paths through the passes of the quickest level splits."""
-    if stages.chunks_per_rank == 1:
-        return []
-    splits = level_splits(stages)
-    if not len(splits):
-        return []
-    quickest = np.argsort(stages.exact_spans(splits), kind="stable")[:TRIED]
-    return [stages.critical(splits[i]) for i in quickest]
-
-
-def _mapped(task: Callable[[_Left], _Proof], items: Sequence[_Left], jobs: int) -> Iterable[_Proof]:
-    if jobs == 1 or len(items) < 2:
-        return map(task, items)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(items)), context) as pool:
-        return list(pool.map(task, items))
+def _plain(rows: Layouts) -> Layouts:
+    """The layouts without recompute."""
+    return rows.with_columns(recompute=0 * rows.recompute, recompute_counts=("",), recompute_count=0 * rows.recompute_count)

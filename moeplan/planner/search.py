@@ -5,13 +5,15 @@ the device, a copy of another, out of the race because a lower bound on its step
 of layouts with the same degrees is opened in the order of its bound (`bounds.py`) and only while that bound beats the k-th best
 plan found so far, so the result is that of pricing everything. Within a group, layouts are priced without recompute first:
 recompute only adds time, so those that lose already need no closer look, and of two sets of modules that both fit, a proper
-subset is never slower, so only the minimal fitting sets are priced.
+subset is never slower, so only the minimal fitting sets are priced. Layouts that do not fit without recompute are looked at
+again in the end, with whole layers recomputed in part of each chunk and with part of the optimizer on the host (`relief.py`):
+each stands for its variants in the counts, and the best variant of all enters the result.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,19 +22,21 @@ import numpy as np
 from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layout, Layouts
 from moeplan.costmodels.memory import least_state_bytes
 from moeplan.costmodels.price import Pricing
-from moeplan.planner import space
+from moeplan.planner import relief, space
 from moeplan.planner.bounds import least_step_seconds
 from moeplan.planner.constraints import RULES, Level
 from moeplan.planner.problem import Problem
 
 MEMORY, SLOWER, COPY, EXCLUDED = "memory", "slower", "same-split", "excluded"
-"""Reasons for passing over a layout that are not rules of the framework."""
+"""Reasons for passing over a layout that are not rules of the framework; "memory": too large as it is, see `relief.py`."""
 OPEN_AT_ONCE = 192
 """Groups opened together: enough to keep numpy busy, few enough to stop soon after the best is found."""
 CLOSER_AT_ONCE = 2048
 """Layouts looked at closely together."""
 EXACT_AT_ONCE = 64
 """Layouts whose pipelines are run pass by pass together."""
+EASED_AT_ONCE = 1024
+"""Variants of layouts that memory refused looked at together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class Search:
     """Layouts passed over, by the first reason met."""
     priced: int = 0
     """Layouts priced exactly, time and memory."""
+    variants: int = 0
+    """Priced besides: what memory refused, with recompute in part of the layers or part of the optimizer offloaded."""
     bound_s: float = 0.0
     """No plan beside the best can be faster than this: the k-th best step time or the limit; infinite if there is no other."""
     nearest_excess_bytes: float = np.inf
@@ -88,11 +94,15 @@ def open_rows(problem: Problem, limit_s: float) -> Layouts:
 
 def with_recompute(problem: Problem, rows: Layouts) -> Layouts:
     """Each layout with every set of recomputed modules that the framework accepts."""
-    state = _Search(problem, 1, None, np.inf)
-    rows = space.with_shared_overlap(problem, space.cross(rows, {"recompute": state.sets.tolist()}))
+    rows = space.with_shared_overlap(problem, space.cross(rows, {"recompute": space.recompute_sets(problem)}))
+    return rows.take(accepted_recompute(problem, rows))
+
+
+def accepted_recompute(problem: Problem, rows: Layouts) -> Any:
+    """Whether conditions and the framework accept what layouts recompute, [n]."""
     accepted = np.ones(len(rows), np.bool_)
-    state._settle(rows, "recompute", accepted)
-    return rows.take(accepted)
+    _Search(problem, 1, None, np.inf)._settle(rows, "recompute", accepted)
+    return accepted
 
 
 class _Search:
@@ -105,7 +115,10 @@ class _Search:
         self.chunks = space.chunk_options(problem)
         self.batches = space.batch_options(problem)
         self.features = space.feature_options(problem)
-        self.sets = np.asarray(space.recompute_sets(problem), np.int64)
+        self.sets: Any = np.asarray(space.recompute_sets(problem), np.int64)
+        self.room, self.counts = relief.Room(problem, relief.offload_shares(problem)), relief.counts_layers(problem)
+        self.tight: list[tuple[Layouts, Any, Any]] = []
+        self.some: list[relief.Partly] = []
 
     def run(self) -> Search:
         found, problem = self.found, self.problem
@@ -119,13 +132,14 @@ class _Search:
         order = np.argsort(bound, kind="stable")
         groups, bound = groups.take(order), bound[order]
         start = 0
-        while start < len(groups) and bound[start] < self._limit():
-            stop = min(start + OPEN_AT_ONCE, int(np.searchsorted(bound, self._limit())))
-            self._open(groups.take(slice(start, stop)), per_chunk, per_batch)
-            start = stop
+        for part in self._promising(bound, OPEN_AT_ONCE):
+            self._open(groups.take(part), per_chunk, per_batch)
+            start = part.stop
             if self.progress is not None:
                 self.progress(start, len(groups))
         self._reject(SLOWER, (len(groups) - start) * per_group)
+        # 3. what memory refused
+        self._relieve()
         found.best = sorted(self.by_identity.values(), key=lambda c: c.step_s)[: self.keep]
         found.bound_s = min(self._limit(), float(bound[start]) if start < len(groups) else np.inf)
         return found
@@ -135,22 +149,30 @@ class _Search:
         times = sorted(c.step_s for c in self.by_identity.values())
         return min(self.limit_s, times[self.keep - 1] if len(times) >= self.keep else np.inf)
 
+    def _promising(self, bound: Any, at_once: int) -> Iterator[slice]:
+        """Parts of what is sorted by `bound`, while that beats the k-th best plan."""
+        start = 0
+        while start < len(bound) and bound[start] < self._limit():
+            stop = min(start + at_once, int(np.searchsorted(bound, self._limit())))
+            yield slice(start, stop)
+            start = stop
+
     def _open(self, groups: Layouts, per_chunk: int, per_batch: int) -> None:
         """Look at every layout of the given degrees."""
         # 1. features, priced without recompute: a bound on every set of recomputed modules
-        rows = self.spread(groups, per_chunk, per_batch)
-        if not len(rows):
-            return
-        bound = Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows).step_seconds()
-        order = np.argsort(bound, kind="stable")
-        rows, bound = rows.take(order), bound[order]
+        rows, bound = self._by_time(self.spread(groups, per_chunk, per_batch))
         # 2. a closer look in that order
         start = 0
-        while start < len(rows) and bound[start] < self._limit():
-            stop = min(start + CLOSER_AT_ONCE, int(np.searchsorted(bound, self._limit())))
-            self._look(rows.take(slice(start, stop)))
-            start = stop
+        for part in self._promising(bound, CLOSER_AT_ONCE):
+            self._look(rows.take(part), bound[part])
+            start = part.stop
         self._reject(SLOWER, (len(rows) - start) * len(self.sets))
+
+    def _by_time(self, rows: Layouts) -> tuple[Layouts, Any]:
+        """Rows in the order of their closed forms, and these."""
+        bound = self._pricing(rows).step_seconds()
+        order = np.argsort(bound, kind="stable")
+        return rows.take(order), bound[order]
 
     def spread(self, groups: Layouts, per_chunk: int, per_batch: int) -> Layouts:
         """Every layout of the given degrees that the framework accepts, without recompute."""
@@ -173,9 +195,9 @@ class _Search:
         groups = self._accepted(groups, "degrees", per_group)
         return self._by_parameters(groups, per_group)
 
-    def _look(self, rows: Layouts) -> None:
+    def _look(self, rows: Layouts, bound: Any) -> None:
         """Memory under every set of recomputed modules, then the price of the minimal sets that fit."""
-        spread = space.with_shared_overlap(self.problem, space.cross(rows, {"recompute": self.sets.tolist()}))
+        spread = self._with_sets(rows)
         source = np.repeat(np.arange(len(rows)), len(self.sets))
         accepted = np.ones(len(spread), np.bool_)
         self._settle(spread, "recompute", accepted)
@@ -184,13 +206,32 @@ class _Search:
         peak = pricing.peak_bytes()
         excess = self.problem.excess_bytes(peak)
         fits = excess <= 0
-        if (~fits).any():
-            self.found.nearest_excess_bytes = min(self.found.nearest_excess_bytes, float(excess[~fits].min()))
-            self._reject(MEMORY, int((~fits).sum()))
+        self._nearest(excess)
+        self._reject(MEMORY, int((~fits).sum()))
+        tight = spread, source, peak
         spread, source, peak = spread.take(fits), source[fits], peak[fits]
         minimal = self._minimal(source, spread.recompute, len(rows))
         self._reject(SLOWER, int((~minimal).sum()))
         self._price(spread.take(minimal), peak[minimal])
+        self._keep_tight(rows, bound, *tight)
+
+    def _keep_tight(self, rows: Layouts, bound: Any, spread: Layouts, source: Any, peak: Any) -> None:
+        """Keep for `_ease` what does not fit and might be a plan otherwise; `spread`: rows at `source` with sets of modules."""
+        limit = self._limit()
+        # 1. sets that fit with part of the optimizer on the host
+        least_s = self.room.least_s(bound[source], peak)
+        if (kept := (peak > self.problem.peak_limit_bytes) & (least_s < limit)).any():
+            self.tight.append((spread.take(kept), least_s[kept], peak[kept]))
+        # 2. rows that do not fit without recompute and recompute whole layers in some layers of a chunk
+        if self.counts:
+            plain, whole = np.full(len(rows), np.inf), np.full(len(rows), np.nan)
+            for mask, of_row in ((0, plain), (relief.FULL, whole)):
+                of_row[source[spread.recompute == mask]] = peak[spread.recompute == mask]
+            kept = (plain > self.problem.peak_limit_bytes) & ~np.isnan(whole) & (self.room.least_s(bound, whole) < limit)
+            if kept.any():
+                self.some.append(relief.Partly(rows.take(kept), bound[kept], plain[kept], whole[kept]))
+        if not np.isfinite(limit):
+            self._ease()
 
     def _price(self, rows: Layouts, peak: Any) -> None:
         """Exact prices in the order of the closed form, which is below them, while that beats the k-th best plan."""
@@ -198,11 +239,78 @@ class _Search:
         bound = pricing.step_seconds()
         order = np.argsort(bound, kind="stable")
         start = 0
-        while start < len(order) and bound[order[start]] < self._limit():
-            chosen = order[start : start + EXACT_AT_ONCE]
+        for part in self._promising(bound[order], EXACT_AT_ONCE):
+            chosen = order[part]
             self._record(rows.take(chosen), pricing.exact_step_seconds(chosen), peak[chosen])
-            start += len(chosen)
+            start = part.stop
         self._reject(SLOWER, len(order) - start)
+
+    def _relieve(self) -> None:
+        """Look again at what memory refused: layouts, then degrees whose parameters alone need part of the optimizer moved."""
+        self._ease()
+        counted, self.found = self.found, Search()
+        groups = self._with_least_states(self.large)
+        bound = least_step_seconds(self.problem, groups, self.batches["micro_batch"])
+        order = np.argsort(bound, kind="stable")
+        groups = groups.take(order)
+        for part in self._promising(bound[order], OPEN_AT_ONCE):
+            self._open(groups.take(part), 1, 1)
+            self._ease()
+        self._count_variants(counted)
+
+    def _count_variants(self, counted: Search) -> None:
+        """Go back to counting in `counted`, where what was priced in between counts as variants."""
+        counted.variants += self.found.priced + self.found.variants
+        counted.nearest_excess_bytes = min(counted.nearest_excess_bytes, self.found.nearest_excess_bytes)
+        self.found = counted
+
+    def _with_least_states(self, groups: Layouts) -> Layouts:
+        """Degrees that may fit with a share of the optimizer offloaded, with the least for which they may."""
+        shares = self.room.shares
+        first, last = (
+            self._state_excess(groups.with_columns(optimizer_offload=np.full(len(groups), s))) for s in shares[[0, -1]]
+        )
+        if 0 < len(groups) == self.degrees and (last > 0).all():
+            self.found.nearest_excess_bytes = float(last.min())
+        # States shrink in proportion to the share.
+        least = shares[0] + (shares[-1] - shares[0]) * first / np.maximum(first - last, 1.0)
+        place = np.minimum(np.searchsorted(shares, least - 1e-9), len(shares) - 1)
+        groups = groups.with_columns(optimizer_offload=shares[place])
+        return groups.take((last <= 0) & (len(shares) > 1))
+
+    def _ease(self) -> None:
+        """Price the variants of what does not fit in the order of a bound on them."""
+        counted, self.found = self.found, Search()
+        tight, some, self.tight, self.some = self.tight, self.some, [], []
+        limit = self._limit()
+        if tight:
+            rows = Layouts.joined([rows.take(least_s < limit) for rows, least_s, _ in tight])
+            peak = np.concatenate([peak[least_s < limit] for _, least_s, peak in tight])
+            least_s = self.room.least_s(self._pricing(rows).step_seconds(), peak)
+            order = np.argsort(least_s, kind="stable")
+            for part in self._promising(least_s[order], EASED_AT_ONCE):
+                self._fit(rows.take(order[part]))
+        if some:
+            self._fit(self.room.with_counts(some, self._limit()))
+        self._count_variants(counted)
+
+    def _fit(self, rows: Layouts) -> None:
+        """Price rows with the least share of the optimizer offloaded that makes them fit."""
+        rows, peak = self.room.with_least_share(rows)
+        kept, excess = np.ones(len(rows), np.bool_), self.problem.excess_bytes(peak)
+        self._settle(rows, "recompute", kept, 0)
+        self._nearest(excess[kept])
+        kept &= excess <= 0
+        self._price(rows.take(kept), peak[kept])
+
+    def _with_sets(self, rows: Layouts) -> Layouts:
+        """Each row with every set of recomputed modules, [n * sets]."""
+        return space.with_shared_overlap(self.problem, space.cross(rows, {"recompute": self.sets.tolist()}))
+
+    def _nearest(self, excess: Any) -> None:
+        """Note by how much what does not fit misses the device."""
+        least = float(excess.min(initial=np.inf, where=excess > 0))
+        self.found.nearest_excess_bytes = min(self.found.nearest_excess_bytes, least)
 
     def _pricing(self, rows: Layouts) -> Pricing:
         return Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows)
@@ -249,12 +357,14 @@ class _Search:
                 kept &= ~broken
 
     def _by_parameters(self, groups: Layouts, weight: int) -> Layouts:
+        excess = self._state_excess(groups)
+        self.large, self.degrees = groups.take(excess > 0), len(groups)
+        return self._drop(groups, excess <= 0, MEMORY, weight)
+
+    def _state_excess(self, groups: Layouts) -> Any:
         problem = self.problem
         least = least_state_bytes(problem.model, problem.profile.cluster.device, problem.workload, groups)
-        excess = problem.excess_bytes(least)
-        if len(groups) and (excess > 0).all():
-            self.found.nearest_excess_bytes = float(excess.min())
-        return self._drop(groups, excess <= 0, MEMORY, weight)
+        return problem.excess_bytes(least)
 
     def _drop(self, rows: Layouts, kept: Any, reason: str, weight: int) -> Layouts:
         self._reject(reason, int(len(rows) - kept.sum()) * weight)

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from moeplan.errors import ProblemError
 from moeplan.planner.certificate import Certificate
 from moeplan.planner.plan import Plan, price_plan
 from moeplan.planner.problem import Problem
+from moeplan.planner.safer import safer
 from moeplan.planner.search import Candidate, Search, search
 from moeplan.planner.ties import settled
 from moeplan.units import HOUR_S
@@ -41,7 +42,7 @@ class Splits:
     """How far splits of layers over the stages are looked at."""
 
     gap: float = 1.0
-    """Share of the step time that need not be proven; 1: no more than bounds say at once."""
+    """Share of the step time that need not be proven of splits that are not level; 1: no more than bounds say at once."""
     time_limit_s: float = math.inf
     """Seconds after which nothing more is looked at."""
     jobs: int = 1
@@ -83,16 +84,18 @@ def solve(
     progress: Progress | None = None,
     splits: Splits | None = None,
 ) -> Solution:
-    """The `keep` best plans; a target is a step time or tokens per second of the whole job.
+    """The `keep` best plans, and the fastest that surely fits where the best of all may not (objective "throughput").
 
-    `splits`: look at every split of layers over the stages, not only at even and balanced ones (objective "throughput").
+    A target is a step time or tokens per second of the whole job.
+    `splits`: look at further splits of layers over the stages than even and balanced ones (objective "throughput").
     """
     started = time.perf_counter()
     if objective == "throughput":
         found = search(problem, keep, progress)
-        if splits is not None and found.best:
-            return _split(problem, found, splits, started, progress)
-        solution = _solution([(problem, c) for c in found.best], found, started)
+        if splits is not None and (split := _split(problem, found, splits, started, progress)).plans:
+            return split
+        best = [*found.best, *safer(problem, found.best, progress)]
+        solution = _solution([(problem, c) for c in best], found, started)
         if solution.plans:
             return solution
         gpus = _gpus_that_fit(problem, found)
@@ -111,18 +114,29 @@ def _split(problem: Problem, found: Search, splits: Splits, started: float, prog
     from moeplan.planner.refine import refine, resplit  # the simulator and the solvers are loaded where they are needed
 
     deadline_s = started + splits.time_limit_s
-    best, *others = resplit(problem, found.best)
-    proof = refine(problem, best, gap=splits.gap, deadline_s=deadline_s, jobs=splits.jobs, progress=progress)
-    others = [c for c in [best, *others] if c.identity != proof.best.identity]
+    plain = resplit(problem, found.best)
+    proof = refine(
+        problem, plain[0] if plain else None, gap=splits.gap, deadline_s=deadline_s, jobs=splits.jobs, progress=progress
+    )
+    better = [proof.best] if proof.best.step_s < np.inf else []
+    others = [c for c in plain if c.identity != proof.best.identity]
     changed = Search(
-        best=sorted([proof.best, *others], key=lambda c: c.step_s)[: len(found.best)],
+        best=sorted([*better, *others], key=lambda c: c.step_s)[: max(1, len(found.best))],
         considered=found.considered,
         rejected=found.rejected,
         priced=found.priced,
+        variants=found.variants,
         nearest_excess_bytes=found.nearest_excess_bytes,
     )
-    more = {"gap": proof.gap, "pipelines": proof.considered, "opened": proof.opened, "programmes": proof.programmes}
-    return _solution([(problem, c) for c in changed.best], changed, started, **more)
+    more = {
+        "gap": proof.gap,
+        "uneven_gap": proof.uneven_gap,
+        "pipelines": proof.considered,
+        "opened": proof.opened,
+        "programmes": proof.programmes,
+    }
+    best_of_all = [*changed.best, *safer(problem, changed.best)]
+    return _solution([(problem, c) for c in best_of_all], changed, started, proof.remarks, **more)
 
 
 def gpu_counts(problem: Problem) -> list[int]:
@@ -158,6 +172,7 @@ def _over_counts(
         found = search(sized, keep, limit_s=limit)
         totals.considered += found.considered
         totals.priced += found.priced
+        totals.variants += found.variants
         totals.rejected += found.rejected
         totals.nearest_excess_bytes = min(totals.nearest_excess_bytes, found.nearest_excess_bytes)
         if progress is not None:
@@ -174,18 +189,24 @@ def _gpu_seconds(problem: Problem, candidate: Candidate) -> float:
     return problem.profile.cluster.gpus * candidate.step_s
 
 
-def _solution(candidates: list[tuple[Problem, Candidate]], totals: Search, started: float, **proof: Any) -> Solution:
+def _solution(
+    candidates: list[tuple[Problem, Candidate]], totals: Search, started: float, remarks: Sequence[str] = (), **proof: Any
+) -> Solution:
     seconds = time.perf_counter() - started
     certificate = Certificate(
         status="optimal" if proof.get("gap", 0.0) <= 0.0 else "bounded",
         considered=totals.considered,
         priced=totals.priced,
+        variants=totals.variants,
         rejected=dict(totals.rejected),
         seconds=round(seconds, 3),
         **proof,
     )
     plans = settled(
-        [price_plan(sized, c.layout, certificate=certificate, remarks=sized.model.remarks) for sized, c in candidates]
+        [
+            price_plan(sized, c.layout, certificate=certificate, remarks=(*sized.model.remarks, *remarks))
+            for sized, c in candidates
+        ]
     )
     return Solution(
         status="infeasible" if not plans else certificate.status,

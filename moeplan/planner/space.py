@@ -22,8 +22,9 @@ from moeplan.costmodels.model import LatentAttention, Mlp
 from moeplan.costmodels.moe_choice import BEST
 from moeplan.costmodels.stages import balanced_split, format_split, split_letters
 from moeplan.planner.problem import Problem
+from moeplan.planner.relief import offload_shares
 
-NOT_SEARCHED = ("sharding", "sequence_parallel", "dp_overlap", "cuda_graphs", "optimizer_offload")
+NOT_SEARCHED = ("sharding", "sequence_parallel", "dp_overlap", "cuda_graphs")
 """Fields with one value in the whole space: the one that is pinned, else the one that a search starts from."""
 
 
@@ -55,7 +56,8 @@ def degree_grid(problem: Problem) -> Layouts:
         tp=tp, cp=cp, pp=pp_, vpp=zero + 1, dp=dp, ep=ep, etp=etp, edp=edp, micro_batch=zero + 1,
         sequence_parallel=tp > 1, sharding=zero + SHARDINGS.index("optimizer"), recompute=zero,
         dispatcher=zero + DISPATCHERS.index("alltoall" if has_experts else "none"),
-        ep_overlap=no, shared_overlap=no, tp_overlap=no, dp_overlap=yes, cuda_graphs=zero, optimizer_offload=np.zeros(n),
+        ep_overlap=no, shared_overlap=no, tp_overlap=no, dp_overlap=yes, cuda_graphs=zero,
+        optimizer_offload=np.full(n, offload_shares(problem)[0]),
         split=zero, schedules=("", BEST) if problem.target == "research" else ("",), schedule=zero,
         recompute_counts=tuple(str(text) for text in problem.pinned("recompute_layers")) or ("",), recompute_count=zero,
     )  # fmt: skip

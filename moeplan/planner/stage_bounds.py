@@ -13,6 +13,7 @@ at least W. A layout that fails has no split that is faster; one that passes may
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +29,17 @@ from moeplan.planner.stage_setup import least_rest_s
 
 AT_ONCE = 32768
 """Layouts whose memory is looked at together."""
+EVERY = 1e9
+"""More layers than a chunk has."""
 SLACK = 1e-9
 """Share by which a rank may exceed what it can take, for rounding."""
 
 
-def may_beat(problem: Problem, rows: Layouts, limit_s: Any, *, leanest: int = 0) -> Any:
+def may_beat(problem: Problem, rows: Layouts, limit_s: Any, *, leanest: int = 0, lean_layers: Any = EVERY) -> Any:
     """Whether each layout could take less than `limit_s` (one number or [n]) under some split, [n]; its own does not count.
 
     `leanest`: mask of the recomputed modules that leave least, to keep no more than under them; then a layout without recompute
-    stands for all sets of modules.
+    stands for all sets of modules. `lean_layers`: so many layers of a chunk keep no more, the others all, one number or [n].
     """
     pricing = Pricing(problem.model, problem.profile, problem.workload, rows)
     whole = pricing.whole_micro_batch_s()
@@ -46,18 +49,19 @@ def may_beat(problem: Problem, rows: Layouts, limit_s: Any, *, leanest: int = 0)
     places = np.flatnonzero(out)
     for start in range(0, len(places), AT_ONCE):
         some = places[start : start + AT_ONCE]
-        out[some] = _holds(problem, rows.take(some), room[some], whole[some], leanest)
+        lean = np.broadcast_to(lean_layers, len(rows))[some]
+        out[some] = _holds(problem, rows.take(some), room[some], whole[some], leanest, lean)
     return out
 
 
-def _holds(problem: Problem, rows: Layouts, room: Any, whole: Any, leanest: int) -> Any:
+def _holds(problem: Problem, rows: Layouts, room: Any, whole: Any, leanest: int, lean_layers: Any) -> Any:
     """Whether the ranks of each layout can hold all layers within the time and the memory, [n]."""
     pricing = Pricing(problem.model, problem.profile, problem.workload, rows)
     costs, parts = pricing.kind_costs(), dict(pricing.peak_memory())
-    saved = costs.saved_bytes
+    lean = costs.saved_bytes
     if leanest:
-        lean = rows.with_columns(recompute=0 * rows.recompute + leanest)
-        saved = np.minimum(saved, Pricing(problem.model, problem.profile, problem.workload, lean).kind_costs().saved_bytes)
+        leaner = rows.with_columns(recompute=0 * rows.recompute + leanest)
+        lean = np.minimum(lean, Pricing(problem.model, problem.profile, problem.workload, leaner).kind_costs().saved_bytes)
     table = {
         "room": room,
         "whole": whole,
@@ -65,7 +69,9 @@ def _holds(problem: Problem, rows: Layouts, room: Any, whole: Any, leanest: int)
         "batches": micro_batches(problem.workload, rows),
         "seconds": costs.seconds,
         "states": costs.state_bytes,
-        "saved": saved,
+        "saved": costs.saved_bytes,
+        "lean": lean,
+        "lean_layers": lean_layers.astype(np.float64),
         "head_s": list(pricing.layer_tables.seconds(slice(None)))[len(problem.model.kinds)],
     }
     out = np.zeros(len(rows), np.bool_)
@@ -92,6 +98,9 @@ class _Group:
     seconds: Any
     states: Any
     saved: Any
+    lean: Any
+    """Saved by one of the first `lean_layers` layers of a chunk, at most `saved`."""
+    lean_layers: Any
     head_s: Any
 
     def __post_init__(self) -> None:
@@ -104,13 +113,14 @@ class _Group:
         out = self.pp * slowest >= self.whole * (1.0 - SLACK)
         counts = [of_layer.count(k) for k in range(len(model.kinds))]
         most = int(np.argmax(counts))
-        tests = [(counts[most], self.seconds[most], self.states[most], self.saved[most])]
+        tables = (self.seconds, self.states, self.lean, self.saved)
+        tests = [(counts[most], *(table[most] for table in tables))]
         if len(counts) > 1:
-            tests.append((len(of_layer), *(table.min(axis=0) for table in (self.seconds, self.states, self.saved))))
-        for layers, seconds, states, saved in tests:
+            tests.append((len(of_layer), *(table.min(axis=0) for table in tables)))
+        for layers, seconds, *needed in tests:
             held: Any = 0.0
             for rank in range(self.pp):
-                held = held + self._capacity(rank, slowest, seconds, states, saved)
+                held = held + self._capacity(rank, slowest, seconds, needed)
             out &= held >= layers
         return out
 
@@ -123,8 +133,8 @@ class _Group:
             most = np.where(m > p + 2, np.minimum(most, (self.room - 2.0 * self.whole) / tail), most)
         return most
 
-    def _capacity(self, rank: int, slowest: Any, seconds: Any, states: Any, saved: Any) -> Any:
-        """Layers that a rank can hold, [n]."""
+    def _capacity(self, rank: int, slowest: Any, seconds: Any, needed: Sequence[Any]) -> Any:
+        """Layers that a rank can hold, [n]. `needed`: bytes of the states, of what a lean layer keeps, and any other."""
         p, m = self.pp, self.batches
         ahead = p - 1 - rank
         if self.vpp > 1:
@@ -137,24 +147,36 @@ class _Group:
         time = time - (self.head_s if rank == p - 1 else 0.0)
         by_time = np.floor(time / seconds * (1.0 + SLACK) + SLACK)
         limit = self.problem.peak_limit_bytes - self.still
-        if self.vpp == 1:
-            by_memory = np.floor(limit / (states + np.minimum(m, ahead + 1.0) * saved) * (1.0 + SLACK))
-        else:
-            by_memory = self._held(rank, limit, states, saved)
+        in_flight = [np.minimum(m, ahead + 1.0)]
+        if self.vpp > 1:
+            share = np.minimum(m / p, 1.0)
+            in_flight = [share * held for held in compositions(p, self.vpp, (self.vpp + 1) * p - 2 * rank - 1, p)[0]]
+        by_memory = self._held(rank, limit, in_flight, *needed)
         return np.clip(np.minimum(by_time, by_memory), 0.0, self.most * self.vpp)
 
-    def _held(self, rank: int, limit: Any, states: Any, saved: Any) -> Any:
-        """Layers that memory leaves to a rank of several chunks when its first backward begins, spread as saves most, [n]."""
-        p, v = self.pp, self.vpp
-        in_flight = compositions(p, v, (v + 1) * p - 2 * rank - 1, p)[0].astype(np.float64)
-        share = np.minimum(self.batches / p, 1.0)
-        least = np.full(v, float(self.fewest))
+    def _held(self, rank: int, limit: Any, in_flight: Sequence[Any], states: Any, lean: Any, saved: Any) -> Any:
+        """Layers that memory leaves to a rank when its first backward begins, spread over its chunks as saves most, [n].
+
+        `in_flight`: micro-batches in flight in each of its chunks then.
+        """
+        least: Any = np.full(self.vpp, float(self.fewest))
         least[0] *= rank > 0  # the chunks with embedding, prediction layers and head may hold no others
-        least[-1] *= rank < p - 2
-        each = [states + share * held * saved for held in in_flight]
-        used = sum(n * one for n, one in zip(least, each, strict=True))
+        least[-1] *= rank < self.pp - 2
+        mixed = bool((self.lean_layers < self.most).any())
+        first: Any = np.minimum(self.lean_layers, self.most) if mixed else float(self.most)
+        used, ways = 0.0 * limit, list[tuple[Any, Any]]()
+        for fewest, each in sorted(zip(least, in_flight, strict=True), key=lambda both: float(np.max(both[1]))):
+            cheap, dear = states + each * lean, states + each * saved if mixed else 0.0
+            used = used + np.minimum(first, fewest) * cheap + np.maximum(fewest - first, 0.0) * dear
+            ways.append((cheap, np.maximum(first - fewest, 0.0)))
+            if mixed:
+                ways.append((dear, self.most - np.maximum(first, fewest)))
+        if mixed:  # what is cheapest comes first, which is not the same in all layouts
+            costs, rooms = (np.stack(np.broadcast_arrays(*some)) for some in zip(*ways, strict=True))
+            order = np.argsort(costs, axis=0)
+            ways = list(zip(np.take_along_axis(costs, order, 0), np.take_along_axis(rooms, order, 0), strict=True))
         out = np.where(used <= limit * (1.0 + SLACK), least.sum(), 0.0)
-        for place in np.argsort(in_flight):
-            more = np.clip(np.floor((limit - used) / each[place] * (1.0 + SLACK)), 0.0, self.most - least[place])
-            used, out = used + more * each[place], out + more
+        for cost, room in ways:
+            more = np.clip(np.floor((limit - used) / cost * (1.0 + SLACK)), 0.0, room)
+            used, out = used + more * cost, out + more
         return out

@@ -8,14 +8,12 @@ what stands before and behind it and m micro-batches, a step's passes take at le
     plain, m <= p   max_r  m t_r + x_<r + max(0, x_>r - min(m - 1, k) t_r)
 
 which is linear in what the chunks hold: `partition.py` minimises it by a mixed-integer programme, `split_by_programme` here by
-an exact dynamic programme for one chunk a rank. `level_splits` are candidates for several. Memory: every rank at each of its
-moments, sum of (states + micro-batches in flight x saved) + what cannot move <= limit. Units: seconds, bytes.
+an exact dynamic programme for one chunk a rank. `level_splits.py` runs through the even ones of several. Memory: every rank at
+each of its moments, sum of (states + micro-batches in flight x saved) + what cannot move <= limit. Units: seconds, bytes.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +26,6 @@ from moeplan.costmodels.pipeline.waves import span_s
 from moeplan.errors import ProblemError
 
 Ints = npt.NDArray[np.int64]
-LEVEL = 500
-"""Level splits of a pipeline that are looked at."""
-EXTRA = 2
-"""Layers that a chunk at an end of a level split may have beyond others."""
-SHORT = 2
-"""Layers that it may have less, if it has any."""
-BESIDE = 3
-"""Other chunks of a level split that may have one layer more or less."""
 SAME = 1e-9
 """Relative difference below which two closed forms count as equal."""
 
@@ -77,6 +67,8 @@ class StageProblem:
     fewest: Sequence[int]
     """Layers that each chunk must hold at least, [C]."""
     most: Sequence[int]
+    again: int | None = None
+    """Layers of each chunk, from its first, that recompute: costs of these follow those of kinds that do not, [2 K]."""
     level: bool = False
     """Whether chunks of a virtual stage may differ by one layer at most, those that may hold none left aside."""
 
@@ -101,15 +93,13 @@ class StageProblem:
         return [f + b for f, b in zip(self.fixed_forward_s, self.fixed_backward_s, strict=True)]
 
     def counts(self, sizes: Any) -> Any:
-        """Layers of each kind in every chunk of splits given by their sizes [n, C]: [n, C, K]."""
-        sizes = np.asarray(sizes, np.int64).reshape(-1, self.chunks)
-        ends = np.cumsum(sizes, axis=1)
-        prefix = np.stack([np.cumsum([0, *(kind == k for kind in self.kinds)]) for k in range(len(self.forward_s))], axis=-1)
-        return prefix[ends] - prefix[ends - sizes]
+        """Layers of each kind on every chunk of splits given by their sizes [n, C]: [n, v, R, K]."""
+        sizes = np.reshape(sizes, (-1, self.chunks_per_rank, self.ranks))
+        return layer_counts(self.kinds, len(self.forward_s), sizes, self.again)
 
     def spans(self, sizes: Any) -> Any:
         """The closed form of splits [n, C] in seconds, [n]."""
-        of_chunk = (self.counts(sizes) @ np.array(self.layer_s)).reshape(-1, self.chunks_per_rank, self.ranks)
+        of_chunk = self.counts(sizes) @ np.array(self.layer_s)
         of_chunk[:, -1] += self.fixed_s
         own = of_chunk.sum(axis=1)
         first = of_chunk[:, 0] if self.chunks_per_rank > 1 else own
@@ -119,6 +109,11 @@ class StageProblem:
             behind = own.sum(axis=1, keepdims=True) - np.cumsum(own, axis=1)
             took = took + np.maximum(waits(self, np.arange(self.ranks), own, behind), 0.0)
         return took.max(axis=1)
+
+    def slowest_s(self, sizes: Any) -> Any:
+        """Seconds of a micro-batch on the slowest rank of splits [n, C], [n]."""
+        own = (self.counts(sizes) @ np.array(self.layer_s)).sum(axis=1) + self.fixed_s
+        return own.max(axis=1)
 
     def exact_spans(self, sizes: Any) -> Any:
         """Seconds of all passes of splits [n, C], run pass by pass, [n]."""
@@ -135,26 +130,60 @@ class StageProblem:
         forward, backward = self._passes(sizes)
         return float((path[0] * forward[..., 0] + path[1] * backward[..., 0]).sum())
 
-    def _passes(self, sizes: Any) -> list[Any]:
+    def _passes(self, sizes: Any) -> tuple[Any, Any]:
         """Forward and backward seconds of every chunk of splits [n, C], [p, v, n] each."""
         counts = self.counts(sizes)
-        ways = []
-        for seconds, fixed in ((self.forward_s, self.fixed_forward_s), (self.backward_s, self.fixed_backward_s)):
-            of_chunk = (counts @ np.array(seconds)).reshape(-1, self.chunks_per_rank, self.ranks)
-            of_chunk[:, -1] += fixed
-            ways.append(np.ascontiguousarray(of_chunk.transpose(2, 1, 0)))
-        return ways
+        ways = (self.forward_s, self.fixed_forward_s), (self.backward_s, self.fixed_backward_s)
+        forward, backward = (pass_seconds(counts, seconds, fixed) for seconds, fixed in ways)
+        return forward, backward
 
     def excess_bytes(self, sizes: Any) -> Any:
         """By how much the fullest rank of splits [n, C] exceeds the limit, [n]; negative: they fit."""
-        counts = self.counts(sizes).reshape(-1, self.chunks_per_rank, self.ranks, len(self.forward_s))
-        states, saved = counts @ np.array(self.state_bytes), counts @ np.array(self.saved_bytes)
-        most = np.full(len(counts), -np.inf)
-        for r, moments in enumerate(self.moments):
-            for moment in moments:
-                needed = states[:, :, r].sum(axis=1) + saved[:, :, r] @ np.array(moment.held) + moment.base_bytes
-                most = np.maximum(most, needed)
-        return most - self.limit_bytes
+        moments = [(np.array([m.held for m in some]), np.array([[m.base_bytes] for m in some])) for some in self.moments]
+        return needed_bytes(self.counts(sizes), self.state_bytes, self.saved_bytes, moments) - self.limit_bytes
+
+
+def layer_counts(kinds: Sequence[int], count: int, sizes: Any, again: int | None = None) -> Any:
+    """Layers of each of `count` kinds on the chunks of splits, [n, v, R, K]; `sizes`: all layers of each chunk, [n, v, R].
+
+    `again`: the first so many of a chunk count as of the second half of the kinds.
+    """
+    flat = np.asarray(sizes, np.int64).reshape(len(sizes), int(np.prod(np.shape(sizes)[1:])))
+    ends = np.cumsum(flat, axis=1)
+    alike = count if again is None else count // 2
+    prefix = np.stack([np.cumsum([0, *(kind == k for kind in kinds)]) for k in range(alike)], axis=-1)
+    out = prefix[ends] - prefix[ends - flat]
+    if again is not None:
+        first = prefix[np.minimum(ends - flat + again, ends)] - prefix[ends - flat]
+        out = np.concatenate([out - first, first], axis=-1)
+    return out.reshape(*np.shape(sizes), count)
+
+
+def pass_seconds(counts: Any, seconds: Any, fixed_s: Any) -> Any:
+    """Seconds of a pass of every chunk, [p, v, n]. `counts`: its layers, [n, v, R, K]; `seconds`: of a layer, [K] or [n, K].
+
+    `fixed_s`: of what cannot move on the last chunk of each rank, [R] or [n, R].
+    """
+    of_chunk = (counts * np.atleast_2d(seconds)[:, None, None]).sum(axis=-1)
+    of_chunk[:, -1] += fixed_s
+    return np.ascontiguousarray(of_chunk.transpose(2, 1, 0))
+
+
+def needed_bytes(counts: Any, state_bytes: Any, saved_bytes: Any, moments: Sequence[tuple[Any, Any]]) -> Any:
+    """Bytes that the fullest rank of each split needs, [n]. `counts`: layers of its chunks, [n, v, R, K].
+
+    `state_bytes`, `saved_bytes`: of a layer, [K] or [n, K]. `moments`: of each rank micro-batches in flight in its chunks,
+    [M, v], and what it holds beside layers, [M, 1] or [M, n].
+    """
+    state, saved = np.atleast_2d(state_bytes), np.atleast_2d(saved_bytes)
+    most = np.full(len(counts), -np.inf)
+    for r, (held, base) in enumerate(moments):
+        if not len(held):
+            continue
+        states = (counts[:, :, r].sum(axis=1) * state).sum(axis=-1)
+        kept = (counts[:, :, r] * saved[:, None]).sum(axis=-1)
+        most = np.maximum(most, (states + held @ kept.T + base).max(axis=0))
+    return most
 
 
 def chunk_sizes(layers: int, pp: int, vpp: int) -> tuple[int, int]:
@@ -182,8 +211,10 @@ def split_by_programme(problem: StageProblem) -> list[int] | None:
     Dynamic programming over the end of each chunk: what stands before and behind a chunk follows from its first and last layer.
     For one chunk a rank.
     """
-    if problem.chunks_per_rank != 1:
-        raise ProblemError(f"the dynamic programme takes one chunk a rank, not {problem.chunks_per_rank}")
+    if problem.chunks_per_rank != 1 or problem.again is not None:
+        raise ProblemError(
+            f"the dynamic programme takes one chunk a rank, not {problem.chunks_per_rank}, all layers of a kind alike"
+        )
     layers, tables = len(problem.kinds), list(_chunk_tables(problem))
     best = np.full(layers + 1, np.inf)
     best[0] = 0.0
@@ -206,6 +237,26 @@ def split_by_programme(problem: StageProblem) -> list[int] | None:
     return sizes[::-1]
 
 
+def splits_within(problem: StageProblem, limit_s: float, most: int) -> Ints | None:
+    """All splits with a closed form of no more than a limit, [n, C]; None if these are more than `most`.
+
+    For one chunk a rank.
+    """
+    allowed = [took <= limit_s for took, _ in _chunk_tables(problem)]
+    # ways on from a layer to the end, of the ranks from each on
+    ways = [np.zeros(len(problem.kinds) + 1)]
+    ways[0][-1] = 1.0
+    for table in reversed(allowed):
+        ways.append(table @ ways[-1])
+    if ways[-1][0] > most:
+        return None
+    ends = np.zeros((1, 1), np.int64)
+    for table, on in zip(allowed, reversed(ways[:-1]), strict=True):
+        which, end = np.nonzero(table[ends[:, -1]] & (on > 0))
+        ends = np.concatenate([ends[which], end[:, None]], axis=1)
+    return np.diff(ends, axis=1)
+
+
 def _chunk_tables(problem: StageProblem) -> Iterator[tuple[Any, Any]]:
     """Of each rank by first and last layer, [L + 1, L + 1]: its term of the closed form, infinite if too large; its seconds."""
     seconds, state, saved = (
@@ -224,49 +275,3 @@ def _chunk_tables(problem: StageProblem) -> Iterator[tuple[Any, Any]]:
         for moment in moments:
             fits &= held_state + moment.held[0] * held_saved + moment.base_bytes <= problem.limit_bytes
         yield np.where(fits, took, np.inf), own
-
-
-def level_splits(problem: StageProblem) -> Ints:
-    """Splits whose virtual stages hold equally many layers on all ranks but where the ends differ, [n, C].
-
-    Of the virtual stages those with a layer more are neighbours. With rounds of micro-batches through unequal chunks ranks wait
-    for each other, least where a virtual stage takes equally long on all ranks. What the stages would hold beyond the layers is
-    taken from the chunk with the head, the first one, and the last ones before the head; what they lack goes to these.
-    """
-    ends = int(np.ceil(sum(problem.fixed_s) / max(problem.layer_s)))  # in layers
-    shape = problem.ranks, problem.chunks_per_rank, len(problem.kinds)
-    return _level_splits(*shape, ends, tuple(problem.fewest), tuple(problem.most))
-
-
-@functools.lru_cache(maxsize=1024)
-def _level_splits(p: int, v: int, layers: int, ends: int, fewest: tuple[int, ...], most: tuple[int, ...]) -> Ints:
-    chunks = p * v
-    out: dict[tuple[int, ...], None] = {}
-    for base in {layers // chunks, (layers + ends) // chunks}:
-        for longer in range(v + 1):
-            for start in range(v if longer % v else 1):
-                places = {(start + i) % v for i in range(longer)}
-                sizes = np.clip(np.repeat([base + (stage in places) for stage in range(v)], p), fewest, most)
-                if abs(int(sizes.sum()) - layers) <= p + ends:
-                    out |= dict.fromkeys(tuple(some.tolist()) for some in _filled(layers, sizes, fewest, most))
-    evenest = sorted(out, key=lambda sizes: (max(sizes) - min(sizes[1:-2], default=0), sizes))[:LEVEL]
-    return np.array(evenest, np.int64).reshape(-1, chunks)
-
-
-def _filled(layers: int, sizes: Ints, fewest: Sequence[int], most: Sequence[int]) -> Iterator[Ints]:
-    """The sizes with as many layers as there are: the ends take what differs, and by one each the chunks before the last."""
-    last = len(sizes) - 1
-    ends = [0, last - 1, last] if last > 1 else [0, last]
-    ways = []
-    for c in ends:
-        low, high = fewest[c] - int(sizes[c]), most[c] - int(sizes[c])
-        ways.append(sorted({low, *range(max(low, -SHORT), min(high, EXTRA) + 1)}))
-    for changes in itertools.product(*ways):
-        out = sizes.copy()
-        out[ends] += changes
-        left = layers - int(out.sum())
-        step = 1 if left > 0 else -1
-        places = [c for c in range(last - len(ends) + 1, 0, -1) if fewest[c] <= out[c] + step <= most[c]][: abs(left)]
-        if len(places) == abs(left) <= BESIDE:
-            out[places] += step
-            yield out

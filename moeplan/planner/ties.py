@@ -4,9 +4,9 @@ Two plans run the same kernels on the same machine, so most of what is not known
 cancels; what remains is in the parts by which they differ (`costmodels/uncertainty.py`). Among plans that tie with the fastest
 and are predicted to be no more than `WORTH` slower the more robust one is preferred: one that is not on a cliff of its memory
 (`robustness.py`), then the lowest upper end of its own interval (to 0.1 %), then more free memory (to 1 GiB), then fewer
-degrees and features. Where all of these are on a cliff, the fastest tie that is not comes first. The proof of the search is
-about predicted times and stays what it is. Times are GPU seconds of a step, so that plans on different numbers of GPUs compare
-by cost.
+degrees and features. Where all of these are on a cliff, the fastest tie that is not comes first; where no tie is safe, the
+fastest stays and a remark says what safety would cost. The proof of the search is about predicted times and stays what it is.
+Times are GPU seconds of a step, so that plans on different numbers of GPUs compare by cost.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def settled(plans: Sequence[Plan]) -> tuple[Plan, ...]:
     if first != fastest:
         said.append(_preference(plans[first], plans[fastest], float(apart[first, fastest]), risks[first], risks[fastest]))
     if risks[first].cliff:
-        said.append(_warning(plans[first], risks[first]))
+        rest = (plans[i] for i in by_time if i not in risks)
+        said.append(_warning(plans[first], risks[first], next((p for p in rest if not risk(p).cliff), None)))
     out[0] = dataclasses.replace(out[0], remarks=(*out[0].remarks, *said))
     return tuple(out)
 
@@ -182,9 +183,13 @@ def _preference(plan: Plan, fastest: Plan, sigma: float, its: Risk, other: Risk)
     )
 
 
-def _warning(plan: Plan, its: Risk) -> str:
-    """That no plan which ties is safe, and what to ask for instead."""
+def _warning(plan: Plan, its: Risk, safe: Plan | None) -> str:
+    """That no plan which ties is safe, what the fastest safe one costs, and what to ask for instead."""
+    cost = ""
+    if safe is not None:
+        more = _gpu_seconds(safe) / _gpu_seconds(plan) - 1
+        cost = f"; the fastest that is not, {called(safe.layout)}, takes {more:.1%} longer, which is no tie"
     if its.out_of_memory > RISKY:
         limit = math.floor(safe_limit_bytes(plan.problem.profile.cluster.device.memory_bytes) / GIB * 10) / 10
-        return f"{CLIFF}{its.reason}; for a plan with at most {RISKY:.0%} ask with --memory-limit {limit}GiB"
-    return f"{CLIFF}{its.reason}; for a plan that fits then ask with --imbalance {math.ceil(its.kept * 100) / 100}"
+        return f"{CLIFF}{its.reason}{cost}; for a plan with at most {RISKY:.0%} ask with --memory-limit {limit}GiB"
+    return f"{CLIFF}{its.reason}{cost}; for a plan that fits then ask with --imbalance {math.ceil(its.kept * 100) / 100}"

@@ -41,7 +41,7 @@ UNSEEN = 0.0005
 """Share of GPU time below which a change is none, unless the layout changes."""
 MEMORY = "memory"
 """Constraint of the changes that allow a layout which there was no room for."""
-_NOT_SEARCHED = {"sharding": "optimizer", "dp_overlap": True, "cuda_graphs": (), "optimizer_offload": 0.0}
+_NOT_SEARCHED = {"sharding": "optimizer", "dp_overlap": True, "cuda_graphs": ()}
 """Fields that no search touches, with what it starts from."""
 
 

@@ -94,21 +94,24 @@ class LayerRanks:
                 dist.destroy_process_group(group)
 
 
-def join(placement: Placement, timeout_s: float = 600.0) -> LayerRanks:
-    """Make the process groups; all ranks of torch.distributed must call it, a single process needs none."""
+def join(placement: Placement, timeout_s: float = 600.0, stages: int = 1) -> LayerRanks:
+    """Make the process groups; all ranks of torch.distributed must call it, a single process needs none.
+
+    With several pipeline stages each has the placement on ranks of its own, one stage after the other.
+    """
     import torch.distributed as dist
 
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if ranks != placement.world:
+    ranks, world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1, stages * placement.world
+    if ranks != world:
         raise DeviceError(
-            f"the placement has {placement.world} ranks, but {ranks} run",
-            hint=f"start {placement.world} processes, as by torchrun --nproc-per-node {placement.world}",
+            f"the placement has {world} ranks, but {ranks} run",
+            hint=f"start {world} processes, as by torchrun --nproc-per-node {world}",
         )
     rank = dist.get_rank() if ranks > 1 else 0
     members: dict[str, list[int]] = {}
     groups: dict[str, Any] = {}
     for axis, lists in placement.groups().items():
-        for each in lists:
+        for each in [[first + r for r in group] for first in range(0, world, placement.world) for group in lists]:
             # Every rank makes every group, in the same order.
             group = dist.new_group(each, timeout=timedelta(seconds=timeout_s)) if len(each) > 1 else None
             if rank in each:

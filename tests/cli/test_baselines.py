@@ -54,7 +54,8 @@ def test_a_column_of_risk_only_where_it_says_something(moeplan: Moeplan) -> None
 def test_a_plan_on_a_cliff_is_said_to_be_one(moeplan: Moeplan) -> None:
     tight = [*question(model="llama3-70b", cluster="h100x64", global_batch=128, seq_len=8192), "--top", "1"]
     tight += ["--pin", "tp=8", "--pin", "pp=4", "--pin", "cp=1"]
-    end = moeplan("solve", *tight)
+    alone = [word for pin in ("recompute=none", "optimizer_offload=0", "micro_batch=2", "vpp=11") for word in ("--pin", pin)]
+    end = moeplan("solve", *tight, *alone)
     assert "note: on a cliff: it runs out of memory with a probability of " in end.err
     limit = end.err.split("ask with --memory-limit ")[1].split()[0]
     again = moeplan("solve", *tight, "--memory-limit", limit)

@@ -65,3 +65,16 @@ def test_plans_of_other_machines_share_no_errors(moeplan: Moeplan, plan_file: Pa
     assert moeplan("solve", *question(cluster="b200x8"), "-o", other).code == 0
     end = moeplan("explain", plan_file, "--against", other)
     assert end.code == 0 and "so that their errors do not cancel" in end.out and "no tie: " in end.out
+
+
+def test_advice_on_checkpoints(moeplan: Moeplan, plan_file: Path) -> None:
+    usual = moeplan("explain", plan_file)
+    assert "checkpoints (torch_dist): every " in usual.out and "where a node fails every 154 days" in usual.out
+    data = {mtbf: json.loads(moeplan("explain", plan_file, "--json", "--node-mtbf", mtbf).out) for mtbf in ("1d", "100d")}
+    rare, often = data["100d"]["checkpoints"], data["1d"]["checkpoints"]
+    assert often["node_mtbf_s"] == 86400.0 and often["interval_steps"] < rare["interval_steps"]
+    assert often["goodput"] < rare["goodput"] < 1.0 and often["asynchronous"] and often["format"] == "torch_dist"
+    slow = json.loads(moeplan("explain", plan_file, "--json", "--storage-bandwidth", "10MB/s").out)["checkpoints"]
+    assert slow["persist_s"] > rare["persist_s"] and slow["interval_s"] >= slow["persist_s"]
+    end = moeplan("explain", plan_file, "--node-mtbf=-1d")
+    assert end.code == 2 and "--node-mtbf -1d: a time cannot be negative" in end.complaint

@@ -17,12 +17,11 @@ def test_conflicting_conditions_are_named_alone(moeplan: Moeplan) -> None:
 
 
 def test_what_memory_forbids_says_by_how_much_and_how_many_gpus_would_do(moeplan: Moeplan) -> None:
-    asked, pins = (
-        question(model="mixtral-8x7b", cluster="h100x16", global_batch=32),
-        ("tp=1", "pp=1", "etp=1", "recompute=none"),
-    )
+    asked = [*question(model="mixtral-8x7b", cluster="h100x16", global_batch=32), "--forbid", "optimizer_offload>0"]
+    pins = ("tp=1", "pp=1", "etp=1", "recompute=none")
     end = moeplan("solve", *asked, *(part for pin in pins for part in ("--pin", pin)))
-    assert end.code == 3 and end.err.startswith("no plan fits: tp=1, pp=1 and etp=1 leave no layout of mixtral-8x7b on 16 GPUs")
+    conflict = "tp=1, pp=1, etp=1 and forbidden optimizer_offload>0"
+    assert end.code == 3 and end.err.startswith(f"no plan fits: {conflict} leave no layout of mixtral-8x7b on 16 GPUs")
     assert " that fits: the smallest misses the 79.6 GiB of a H100 by " in end.err
     assert end.err.endswith("; without any one of them there is a plan; 32 GPUs would do\n") and end.err.count("\n") == 1
 
@@ -40,10 +39,10 @@ def test_conflict_as_data(moeplan: Moeplan) -> None:
 
 @pytest.mark.parametrize("pins", ([], ["--pin", "tp=1", "--forbid", "ep=8"], ["--pin", "tp=3"]))
 def test_conditions_are_not_blamed_for_what_memory_alone_forbids(moeplan: Moeplan, pins: list[str]) -> None:
-    end = moeplan("solve", *question(model="mixtral-8x7b"), *pins, "--json")
+    end = moeplan("solve", *question(model="mixtral-8x7b", memory_limit="35GiB"), *pins, "--json")
     assert json.loads(end.out)["conflict"] is None and "tp=" not in end.err and "ep=" not in end.err
     begins = "even without conditions " * bool(pins)
-    assert end.err.startswith(f"no plan fits: {begins}the best layout of mixtral-8x7b misses the 79.6 GiB of a H100 by ")
+    assert end.err.startswith(f"no plan fits: {begins}the best layout of mixtral-8x7b misses the 35.0 GiB of a H100 by ")
     assert end.err.endswith("; 16 GPUs would do\n")
 
 

@@ -161,6 +161,13 @@ def test_columns_and_back(rows):
         assert columns.stages[columns.split[i]] == row.stages
 
 
+@given(parts=st.lists(st.lists(layouts_of(TINY_MOE), max_size=4), min_size=1, max_size=4))
+@QUICK
+def test_parts_joined_are_all_of_their_rows(parts):
+    joined = Layouts.joined([Layouts.of(part) for part in parts])
+    assert [joined.row(i) for i in range(len(joined))] == [row for part in parts for row in part]
+
+
 def test_columns_of_one_type():
     columns = Layouts.of([Layout(), Layout(tp=2, edp=2, recompute=("full",), stages="EtL")])
     for field in dataclasses.fields(Layouts):

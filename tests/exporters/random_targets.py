@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from moeplan.errors import MoeplanError
 from moeplan.exporters.base import Exporter
 from moeplan.exporters.demands import Demand, broken_demands
 from moeplan.exporters.neutral import PLAN, plan_data, plan_text
+from moeplan.exporters.write import check_reading
 from moeplan.planner.constraints import violations
 from moeplan.planner.plan import Plan
 from moeplan.planner.space import divisors
@@ -151,4 +152,26 @@ def write_files(exporter: Exporter, plan: Plan, directory: Path, version: str = 
     data = plan_data(plan, exporter.name, version, exporter.job(plan, version), ())
     for name, text in {**exporter.files(plan, version), PLAN: plan_text(data)}.items():
         (directory / name).write_text(text, encoding="utf-8")
+    return directory
+
+
+def exported(kind: str, target: Exporter, plans: Mapping[str, Sequence[Plan]], work: Path) -> dict[str, list[dict[str, Any]]]:
+    """Cases of a judge that reads the folder of an export, by the names of what the plans are about."""
+    return {
+        name: [
+            {"kind": kind, "directory": str(write_files(target, plan, work / f"{name}{i}")), "world": plan.layout.world}
+            for i, plan in enumerate(some)
+        ]
+        for name, some in plans.items()
+    }
+
+
+def changed(target: Exporter, plan: Plan, work: Path, file: str, edit: Callable[[str], str]) -> Path:
+    """The folder of an export that says what its plan does, with one file of it edited."""
+    directory = write_files(target, plan, work / "out")
+    check_reading(plan, target.read(directory))
+    before = (directory / file).read_text()
+    after = edit(before)
+    assert after != before
+    (directory / file).write_text(after)
     return directory

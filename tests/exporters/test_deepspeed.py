@@ -37,7 +37,7 @@ from moeplan.exporters.write import check_reading, export
 from moeplan.planner.plan import Plan, price_plan
 from tests.exporters import judges
 from tests.exporters.cases import layout_of, problem_of, unpriced
-from tests.exporters.random_targets import COUNT, refused_plans, taken_plans, write_files
+from tests.exporters.random_targets import COUNT, changed, exported, refused_plans, taken_plans, write_files
 
 TARGET = DeepSpeed()
 MODELS = [name for name in model_names() if known_class(load_model(name))]
@@ -194,10 +194,8 @@ def test_whole_export(tmp_path: Path) -> None:
 )
 def test_a_changed_file_is_noticed(tmp_path: Path, key: str, value: Any, difference: str) -> None:
     plan = plan_of()
-    directory = write_files(TARGET, plan, tmp_path / "out")
-    path = directory / "ds_config.json"
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, key: value, "gradient_accumulation_steps": 8 if value == 128 else 4}))
+    steps = {"gradient_accumulation_steps": 8 if value == 128 else 4}
+    directory = changed(TARGET, plan, tmp_path, "ds_config.json", lambda t: json.dumps({**json.loads(t), key: value, **steps}))
     if not difference:
         return check_reading(plan, TARGET.read(directory))
     with pytest.raises(ExportError, match=difference):
@@ -239,18 +237,13 @@ def write_by_hand(directory: Path, keys: Mapping[str, Any]) -> Path:
 def verdicts(tmp_path_factory: pytest.TempPathFactory, tiny: list[Path]) -> dict[str, list[dict[str, Any]]]:
     """DeepSpeed's words on all cases of this file, said once."""
     work = tmp_path_factory.mktemp("deepspeed")
-    parts: dict[str, list[dict[str, Any]]] = {
-        name: [
-            {"kind": "config", "directory": str(write_files(TARGET, plan, work / f"{name}{i}")), "world": plan.layout.world}
-            for i, plan in enumerate(judged)
-        ]
-        for name, judged in {
-            "taken": plans(),
-            "refused": refused(),
-            "silent": [plan_of(**change) for _, change, _ in SILENT if "model" not in change],
-            "rejected": [plan_of(**change) for _, change, keys, _ in REJECTED if not keys],
-        }.items()
+    judged = {
+        "taken": plans(),
+        "refused": refused(),
+        "silent": [plan_of(**change) for _, change, _ in SILENT if "model" not in change],
+        "rejected": [plan_of(**change) for _, change, keys, _ in REJECTED if not keys],
     }
+    parts = exported("config", TARGET, judged, work)
     by_hand = [*(keys for _, _, keys, _ in REJECTED if keys), *({path: value} for path, value, _ in SPOILED)]
     parts["by_hand"] = [
         {"kind": "config", "directory": str(write_by_hand(work / f"hand{i}", keys)), "world": 16}
@@ -263,9 +256,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory, tiny: list[Path]) -> dict
         {"kind": "train", "directory": str(directory), "world": world, "seq_len": 32, "steps": STEPS}
         for directory, (world, _) in zip(tiny, TRAINED, strict=True)
     ]
-    cases = [case for part in parts.values() for case in part]
-    found = iter(judges.verdicts("deepspeed", cases, work, "deepspeed", "transformers"))
-    return {name: [next(found) for _ in part] for name, part in parts.items()}
+    return judges.verdicts_of_parts("deepspeed", parts, work, "deepspeed", "transformers")
 
 
 def test_deepspeed_accepts_what_is_not_refused(verdicts: dict[str, list[dict[str, Any]]]) -> None:

@@ -24,7 +24,7 @@ from moeplan.exporters.write import check_reading, export
 from moeplan.planner.plan import Plan, price_plan
 from tests.exporters import judges
 from tests.exporters.cases import capability, layout_of, problem_of, unpriced
-from tests.exporters.random_targets import COUNT, taken_plans, write_files
+from tests.exporters.random_targets import COUNT, changed, taken_plans
 
 TARGET = MegatronBridge()
 FACTS = bridge_facts()
@@ -163,11 +163,7 @@ def test_whole_export(tmp_path: Path) -> None:
 )
 def test_a_changed_file_is_noticed(tmp_path: Path, was: str, becomes: str, difference: str) -> None:
     plan = plan_of()
-    directory = write_files(TARGET, plan, tmp_path / "out")
-    path = directory / "megatron_bridge.args"
-    check_reading(plan, TARGET.read(directory))
-    assert was in path.read_text()
-    path.write_text(path.read_text().replace(was, becomes))
+    directory = changed(TARGET, plan, tmp_path, "megatron_bridge.args", lambda text: text.replace(was, becomes))
     with pytest.raises(ExportError, match=difference):
         check_reading(plan, TARGET.read(directory))
 
@@ -220,9 +216,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         "rejected": [{**_case(plan_of()), **change} for _, _, change, _ in REJECTED],
         "silent": [_case(plan_of(), **change) for _, _, change, _ in SILENT],
     }
-    cases = [case for part in parts.values() for case in part]
-    found = iter(judges.verdicts("bridge", cases, tmp_path_factory.mktemp("bridge"), "transformers", "megatron-bridge"))
-    return {name: [next(found) for _ in part] for name, part in parts.items()}
+    return judges.verdicts_of_parts("bridge", parts, tmp_path_factory.mktemp("bridge"), "transformers", "megatron-bridge")
 
 
 def test_bridge_accepts_what_is_not_refused(verdicts: dict[str, list[dict[str, Any]]]) -> None:

@@ -23,7 +23,7 @@ from moeplan.exporters.write import check_reading, export
 from moeplan.planner.plan import Plan, price_plan
 from tests.exporters import judges
 from tests.exporters.cases import layout_of, problem_of, unpriced
-from tests.exporters.random_targets import COUNT, refused_plans, taken_plans, write_files
+from tests.exporters.random_targets import COUNT, changed, exported, refused_plans, taken_plans
 
 TARGET = TorchTitan()
 
@@ -148,12 +148,7 @@ def test_whole_export(tmp_path: Path, pp: int) -> None:
 )
 def test_a_changed_file_is_noticed(tmp_path: Path, was: str, becomes: str, difference: str) -> None:
     plan = plan_of()
-    directory = write_files(TARGET, plan, tmp_path / "out")
-    path = directory / "moeplan_recipe.py"
-    text = path.read_text()
-    assert was in text
-    check_reading(plan, TARGET.read(directory))
-    path.write_text(text.replace(was, becomes))
+    directory = changed(TARGET, plan, tmp_path, "moeplan_recipe.py", lambda text: text.replace(was, becomes))
     if not difference:
         assert TARGET.read(directory).model != plan.problem.model
         return
@@ -231,18 +226,13 @@ def refused() -> list[Plan]:
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """torchtitan's words on all cases of this file, said once."""
     work = tmp_path_factory.mktemp("torchtitan")
-    parts: dict[str, list[dict[str, Any]]] = {
-        name: [
-            {"kind": "recipe", "directory": str(write_files(TARGET, plan, work / f"{name}{i}")), "world": plan.layout.world}
-            for i, plan in enumerate(judged)
-        ]
-        for name, judged in {
-            "taken": plans(),
-            "refused": refused(),
-            "silent": [plan_of(**change) for _, change, _ in SILENT],
-            "rejected": [plan_of(**change if by_hand is None else {}) for _, change, by_hand, _ in REJECTED],
-        }.items()
+    judged = {
+        "taken": plans(),
+        "refused": refused(),
+        "silent": [plan_of(**change) for _, change, _ in SILENT],
+        "rejected": [plan_of(**change if by_hand is None else {}) for _, change, by_hand, _ in REJECTED],
     }
+    parts = exported("recipe", TARGET, judged, work)
     for (_, _, by_hand, _), case in zip(REJECTED, parts["rejected"], strict=True):
         path = Path(case["directory"]) / "moeplan_recipe.py"
         assert by_hand is None or by_hand[0] in path.read_text()
@@ -257,8 +247,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         ),
         {"kind": "count", "module": "deepseek_v3", "registry": registry(plan_of("deepseek-v3", mtp=1))},
     ]
-    found = iter(judges.verdicts("torchtitan", [case for part in parts.values() for case in part], work, "torchtitan"))
-    return {name: [next(found) for _ in part] for name, part in parts.items()}
+    return judges.verdicts_of_parts("torchtitan", parts, work, "torchtitan")
 
 
 def test_torchtitan_accepts_what_is_not_refused(verdicts: dict[str, list[dict[str, Any]]]) -> None:

@@ -1,13 +1,17 @@
 """Every layout of a problem by plain loops, as an oracle for the search.
 
 Nothing here uses `planner/space.py`, `bounds.py` or `search.py`: degrees are all factors that multiply to the number of GPUs,
-recompute sets are all subsets of what the model has, and each candidate is checked and priced for itself.
+recompute sets are all subsets of what the model has, whole layers in any number of layers of a chunk, and each candidate is
+checked and priced for itself, with each share of the optimizer on the host.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from moeplan.costmodels.constants import MEMORY
 from moeplan.costmodels.layout import Layout, Layouts
@@ -17,6 +21,9 @@ from moeplan.costmodels.stages import balanced_split, parse_split
 from moeplan.planner.constraints import RULES, violations
 from moeplan.planner.plan import price_plan
 from moeplan.planner.problem import Problem
+
+SHARES = (0.0, 0.5, 1.0)
+"""Shares of the optimizer that are offloaded here; the search counts in hundredths unless it is told."""
 
 Identity = tuple[int, ...]
 Meets = Callable[[Layout], bool]
@@ -54,6 +61,12 @@ def recompute_sets(model: Model) -> list[tuple[str, ...]]:
     names = [name for name, there in has.items() if there]
     subsets = [c for n in range(len(names) + 1) for c in itertools.combinations(names, n)]
     return [*subsets, ("full",)]
+
+
+def recomputes(problem: Problem) -> list[dict[str, Any]]:
+    """Every set of modules in all layers, and whole layers in fewer."""
+    some = [{"recompute": ("full",), "recompute_layers": str(k)} for k in range(1, len(problem.model.layers) + 1)]
+    return [*({"recompute": names} for names in recompute_sets(problem.model)), *some]
 
 
 def features(problem: Problem) -> list[dict[str, Any]]:
@@ -106,33 +119,61 @@ def accepted(problem: Problem, layouts: list[Layout]) -> list[Layout]:
     """Those that break no rule."""
     if not layouts:
         return []
-    rows = Layouts.of(layouts)
-    broken = [rule.broken(problem, rows) for rule in RULES]
-    return [x for i, x in enumerate(layouts) if not any(b[i] for b in broken)]
+    broken = broken_by(problem, Layouts.of(layouts))
+    return [x for x, no in zip(layouts, broken, strict=True) if not no]
+
+
+def broken_by(problem: Problem, rows: Layouts) -> Any:
+    """Whether each layout breaks a rule."""
+    return functools.reduce(np.logical_or, [rule.broken(problem, rows) for rule in RULES])
 
 
 class Prices:
     """All layouts of a problem that the framework takes, with step time and peak memory.
 
-    No rule is broken by what is not recomputed, so layouts refused without recompute are refused with it.
+    No rule is broken by what is not recomputed, so layouts refused without recompute are refused with it. An offload changes
+    the optimizer's time and the states alone.
     """
 
     def __init__(self, problem: Problem, **fixed: Any) -> None:
         base = accepted(problem, list(without_recompute(problem, **fixed)))
-        sets, extra = recompute_sets(problem.model), inside_layers(problem)
-        self.layouts = accepted(problem, [replace(x, recompute=s, **more) for x in base for s in sets for more in extra])
-        pricing = Pricing(problem.model, problem.profile, problem.workload, Layouts.of(self.layouts), exact=True)
-        self.step_s, self.peak_bytes = pricing.step_seconds().tolist(), pricing.peak_bytes().tolist()
+        sets, extra = recomputes(problem), inside_layers(problem)
+        self.layouts = accepted(problem, [replace(x, **s, **more) for x in base for s in sets for more in extra])
+        rows = Layouts.of(self.layouts)
+        pricing = Pricing(problem.model, problem.profile, problem.workload, rows, exact=True)
+        step_s, peak = pricing.step_seconds(), pricing.peak_bytes()
+        self.step_s, self.peak_bytes = step_s.tolist(), peak.tolist()
+        given = problem.model, problem.profile, problem.workload
+        self.offloaded: list[tuple[Any, Any]] = []
+        for share in SHARES[1:] if "optimizer_offload" not in fixed else ():
+            moved = rows.with_columns(optimizer_offload=np.full(len(rows), share))
+            at, before = Pricing(*given, moved), Pricing(*given, rows).step_seconds()
+            fits = np.where(broken_by(problem, moved), np.inf, at.peak_bytes())
+            self.offloaded.append((step_s + at.step_seconds() - before, fits))
 
     def limit(self, share: float) -> float:
-        """Device bytes into which just that share of the layouts fits; the least that any needs at a share of 0."""
+        """Device bytes into which just that share of the layouts fits without offload; the least that any needs at 0."""
         needs = sorted(map(needed_bytes, self.peak_bytes))
         return needs[int(share * (len(needs) - 1))] * (1 + 1e-12)
 
+    @property
+    def least_bytes(self) -> Any:
+        """The least device bytes that each layout needs, with whatever share of the optimizer on the host."""
+        return needed_bytes(np.min([self.peak_bytes, *(p for _, p in self.offloaded)], axis=0))
+
     def best(self, device_bytes: float, keep: int, meets: Meets = lambda _: True) -> list[float]:
         """The `keep` least step times of plans that differ in degrees or micro-batch and fit."""
-        rows = zip(self.layouts, self.step_s, self.peak_bytes, strict=True)
-        return least(((x, s) for x, s, peak in rows if needed_bytes(peak) <= device_bytes and meets(x)), keep)
+        step_s, peaks = (np.stack(rows) for rows in zip((self.step_s, self.peak_bytes), *self.offloaded, strict=True))
+        step_s = np.where(needed_bytes(peaks) <= device_bytes, step_s, np.inf)
+        best: dict[Identity, float] = {}
+        for place in np.argsort(step_s, axis=None):
+            share, i = divmod(int(place), len(self.layouts))
+            x = self.layouts[i]
+            if len(best) == keep or step_s[share, i] == np.inf:
+                break
+            if identity(x) not in best and meets(replace(x, optimizer_offload=SHARES[share]) if share else x):
+                best[identity(x)] = float(step_s[share, i])
+        return list(best.values())
 
 
 def one_by_one(problem: Problem) -> list[tuple[Layout, float, float]]:
@@ -141,8 +182,8 @@ def one_by_one(problem: Problem) -> list[tuple[Layout, float, float]]:
     for base in without_recompute(problem):
         if violations(problem, base):
             continue
-        for names, more in itertools.product(recompute_sets(problem.model), inside_layers(problem)):
-            layout = replace(base, recompute=names, **more)
+        for some, more, share in itertools.product(recomputes(problem), inside_layers(problem), SHARES[::2]):
+            layout = replace(base, optimizer_offload=share, **some, **more)
             if not violations(problem, layout):
                 plan = price_plan(problem, layout)
                 found.append((layout, plan.step_s, plan.peak_bytes))
@@ -157,7 +198,7 @@ def least(found: Any, keep: int) -> list[float]:
     return sorted(best.values())[:keep]
 
 
-def needed_bytes(peak: float) -> float:
+def needed_bytes(peak: Any) -> Any:
     """A peak allocation with context, communicators and fragmentation."""
     return peak * (1 + MEMORY.fragmentation) + MEMORY.context_bytes + MEMORY.communicator_bytes
 

@@ -19,7 +19,9 @@ from moeplan.planner.constraints import violations
 from moeplan.planner.problem import Problem, parse_condition
 from moeplan.planner.search import search
 from tests.planner import tiny
-from tests.planner.brute import Prices, needed_bytes, without_recompute
+from tests.planner.brute import Prices, without_recompute
+
+pytestmark = pytest.mark.usefixtures("coarse")
 
 ASKED: dict[str, Problem] = {
     "experts": tiny.problem(tiny.MIXED, "h100x4"),
@@ -42,7 +44,8 @@ def prices(name: str) -> Prices:
 
 
 def limited(name: str, share: float) -> Problem:
-    return replace(ASKED[name], memory_limit_bytes=prices(name).limit(share))
+    needs = np.sort(prices(name).least_bytes)
+    return replace(ASKED[name], memory_limit_bytes=float(needs[int(share * (len(needs) - 1))]) * (1 + 1e-12))
 
 
 def some_condition(rng: random.Random) -> str:
@@ -59,7 +62,7 @@ def conditions(problem: Problem) -> tuple[str, ...]:
 def by_brute_force(name: str, problem: Problem) -> Callable[[tuple[int, ...]], bool]:
     """Whether some layout that fits meets the conditions at the given places: pins, then forbidden."""
     rows = Layouts.of(prices(name).layouts)
-    fits = np.array([needed_bytes(p) <= problem.device_bytes for p in prices(name).peak_bytes])
+    fits = prices(name).least_bytes <= problem.device_bytes
     meets = [c.holds(rows) for c in problem.pins] + [~c.holds(rows) for c in problem.forbidden]
     return lambda chosen: bool(functools.reduce(np.logical_and, (meets[i] for i in chosen), fits).any())
 
@@ -107,8 +110,8 @@ def test_reasons_are_those_of_brute_force() -> None:
             if found.excess_bytes < np.inf:  # the least need of what the conditions leave
                 kinds.add("memory")
                 meets = asked.allows(Layouts.of(prices(name).layouts))
-                needs = [needed_bytes(peak) for peak, yes in zip(prices(name).peak_bytes, meets, strict=True) if yes]
-                assert found.excess_bytes == pytest.approx(min(needs) - problem.device_bytes, abs=1.0)
+                least = prices(name).least_bytes[meets].min()
+                assert found.excess_bytes == pytest.approx(least - problem.device_bytes, abs=1.0)
             elif not any(c.field == "recompute" for c in (*asked.pins, *asked.forbidden)):
                 kinds.add("rules" if found.rules else "nothing left")
                 meeting = [everything[i] for i in np.flatnonzero(asked.allows(rows))]
@@ -188,7 +191,8 @@ def test_memory_is_named_with_what_misses() -> None:
 
 def test_a_pin_that_lets_more_in_does_not_make_others_conflict() -> None:
     """Without the pinned offload nothing fits, which is no reason to call what is pinned beside it a conflict."""
-    problem = replace(ASKED["experts"], memory_limit_bytes=prices("experts").limit(0.0) * 0.999)
+    asked = tiny.problem(tiny.MIXED, "h100x4", era="pytorch-2025")  # no search offloads there
+    problem = replace(asked, memory_limit_bytes=Prices(asked).limit(0.0) * 0.999)
     assert not search(problem, 1).best
     found = smallest_conflict(replace(problem, pins=tuple(map(parse_condition, ("optimizer_offload=1", "mbs=1", "tp=3")))))
     assert found is not None and found.conditions == ("tp=3",) == found.enough

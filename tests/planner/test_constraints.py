@@ -9,6 +9,7 @@ import pytest
 
 from moeplan.costmodels.layout import DISPATCHERS, GRAPH_SCOPES, RECOMPUTE_MODULES, SHARDINGS, Layout, Layouts
 from moeplan.costmodels.model import Attention, Layer, LinearAttention, Mamba, Model, Moe
+from moeplan.costmodels.model_catalog import load_model
 from moeplan.planner.constraints import LEVELS, RULES, violations
 from moeplan.planner.problem import Problem
 from tests.planner import tiny
@@ -91,6 +92,12 @@ ROWS: list[tuple[str, Problem, Layout, str]] = [  # rule, problem, layout that b
     ("quantized-ddp", moe(precision="fp8-cs"), layout(sharding="ddp"), "fp8-cs"),
     ("moments-ddp", moe(moment_bytes=2), layout(sharding="ddp"), "moments of 2 bytes"),
     ("offload-sharding", moe(), layout(sharding="fsdp", optimizer_offload=0.5), "offload 0.5 with sharding 'fsdp'"),
+    (
+        "offload-host",
+        tiny.problem(load_model("deepseek-v3"), "h100x8"),
+        layout(optimizer_offload=1.0),
+        "GiB of host memory a node",
+    ),
     ("offload-quantized", moe(precision="fp8-cs"), layout(optimizer_offload=1.0), "offload 1 with quantised weights of fp8-cs"),
     ("virtual-stages", moe(), layout(vpp=2), "vpp=2 with pp=1"),
     ("pipeline-chunks", moe(), layout(pp=2, vpp=4), "2*4 = 8 chunks for 4 layers"),
@@ -106,7 +113,16 @@ ROWS: list[tuple[str, Problem, Layout, str]] = [  # rule, problem, layout that b
     ("dispatcher-model", moe(), layout("none"), "'none' for a model with experts"),
     ("dispatcher-model", dense(), layout("alltoall"), "'alltoall' for a model without experts"),
     ("dispatcher-era", moe(era="te-2024"), layout("deepep", ep=8), "'deepep' does not exist in era te-2024"),
-    ("dispatcher-vendor", tiny.problem(tiny.MIXED, "mi300xx8", batch=32), layout("deepep", ep=8), "MI300X"),
+    ("dispatcher-device", tiny.problem(tiny.MIXED, "mi300xx8", batch=32), layout("deepep", ep=8), "MI300X"),
+    ("dispatcher-device", tiny.problem(tiny.MIXED, "gb200x8", batch=32), layout("deepep", ep=8), "not run on GB200"),
+    ("dispatcher-link", tiny.problem(tiny.MIXED, "a100-pciex8", batch=32), layout("deepep", ep=8), "needs NVLink, A100-PCIex8"),
+    (
+        "dispatcher-link",
+        tiny.problem(tiny.MIXED, "l40sx8", batch=32, era="latest"),
+        layout("hybridep", ep=8),
+        "L40Sx8 has pcie4",
+    ),
+    ("deepep-domain", tiny.problem(tiny.MIXED, "gh200x8", batch=32), layout("deepep", ep=8), "etp*ep = 1*8 over domains of 1"),
     ("deepep-group", moe(), layout("deepep"), "etp*ep = 1*1"),
     (
         "graph-capacity",

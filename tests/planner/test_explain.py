@@ -13,6 +13,8 @@ from moeplan.units import GIB
 from tests.planner import tiny
 from tests.planner.brute import Prices
 
+pytestmark = pytest.mark.usefixtures("coarse")
+
 PROBLEM = tiny.problem(tiny.MIXED, "h100x4")
 PLAN = solve(PROBLEM, keep=2).plans[0]
 
@@ -62,7 +64,7 @@ def test_neighbours_that_are_refused_say_the_rule() -> None:
 
 
 def test_neighbours_that_are_too_large_say_by_how_much() -> None:
-    problem = tiny.problem(load_model("mixtral-8x7b"), "h100x16", batch=32, memory_limit_bytes=7e10)
+    problem = tiny.problem(load_model("mixtral-8x7b"), "h100x16", batch=32, memory_limit_bytes=4e10)
     plan = solve(problem).plans[0]
     large = [n for n in neighbours(plan) if n.verdict == "too large"]
     assert large and all("misses the device by" in n.reason and "iB at least" in n.reason for n in large)

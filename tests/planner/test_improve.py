@@ -12,7 +12,7 @@ from moeplan.costmodels.model_catalog import load_model
 from moeplan.planner.constraints import violations
 from moeplan.planner.improve import GROUPS, LEAST, Improvement, improve
 from moeplan.planner.plan import Plan, price_plan
-from moeplan.planner.problem import Problem
+from moeplan.planner.problem import Problem, parse_condition
 from moeplan.planner.solve import solve
 from moeplan.profiles.hardware import load_cluster
 from moeplan.profiles.nominal import nominal
@@ -98,6 +98,28 @@ def test_the_path_goes_from_small_edits_to_large_ones_and_ends_at_the_best(found
 def test_the_best_plan_has_nothing_left(best: Plan) -> None:
     left = improve(best, best)
     assert left.path == () and left.gain == 0.0
+
+
+def test_switches_get_values_that_a_search_takes(best: Plan, found: Improvement) -> None:
+    names = {edit.fields[0] for edit in found.singles}
+    assert "dispatcher" in names and "tp_overlap" not in names
+    # the edit is legal and would bring time: it is left out since no search of a model with experts takes it
+    faster = price_plan(PROBLEM, dataclasses.replace(SLOW, tp_overlap=True))
+    assert not violations(PROBLEM, faster.layout) and faster.step_s < (1 - LEAST) * found.plan.step_s
+    pinned = dataclasses.replace(PROBLEM, pins=(parse_condition("tp_overlap=true"),))
+    assert "tp_overlap" in {edit.fields[0] for edit in improve(price_plan(pinned, SLOW), best).singles}
+
+
+def test_edits_meet_the_conditions_of_the_problem(best: Plan, found: Improvement) -> None:
+    wanted = {edit.fields[0]: getattr(edit.after.layout, edit.fields[0]) for edit in found.singles}
+    conditions = tuple(parse_condition(text) for text in ("dispatcher=allgather", "etp>1", "tp=1"))
+    pinned = dataclasses.replace(PROBLEM, pins=conditions[:2], forbidden=(parse_condition("micro_batch>1"),))
+    assert wanted["dispatcher"] != "allgather" and wanted["etp"] == 1 and wanted["micro_batch"] > 1
+    left = {edit.fields[0] for edit in improve(price_plan(pinned, SLOW), price_plan(pinned, best.layout)).singles}
+    assert left and not left & {"dispatcher", "etp", "micro_batch"}
+    # a condition that the layout in use breaks does not forbid edits of other fields
+    broken = dataclasses.replace(PROBLEM, pins=conditions[2:])
+    assert "dispatcher" in {edit.fields[0] for edit in improve(price_plan(broken, SLOW), best).singles}
 
 
 def test_what_does_not_fit_is_made_to_fit_first(best: Plan) -> None:

@@ -16,6 +16,8 @@ from moeplan.profiles.nominal import nominal
 from tests.planner import tiny
 from tests.planner.brute import Prices, needed_bytes
 
+pytestmark = pytest.mark.usefixtures("coarse")
+
 STEP = 50e6
 """Bytes: peaks of the tiny problems are about a GiB, so that the memory curve takes smaller steps than on a real device."""
 

@@ -170,10 +170,18 @@ def test_a_solver_that_crashes_is_replaced_by_the_next(monkeypatch: pytest.Monke
     problem = random_problem(random.Random(2), 2)
     expected = worth(problem, split_by_milp(problem).sizes)
     monkeypatch.setattr(pulp, "listSolvers", lambda onlyAvailable: ["HiGHS", "PULP_CBC_CMD"])
+    assert split_by_milp(problem).remark == ""
     monkeypatch.setattr(pulp, "HiGHS", Crashing)
-    assert worth(problem, split_by_milp(problem).sizes) == pytest.approx(expected)
+    found = split_by_milp(problem)
+    assert worth(problem, found.sizes) == pytest.approx(expected)
+    assert found.remark == "HiGHS failed (PulpSolverError), CBC solved the programmes"
     monkeypatch.setattr(pulp, "PULP_CBC_CMD", Crashing)
-    assert split_by_milp(problem) == Split(None, False)
+    found = split_by_milp(problem)
+    assert (found.sizes, found.proven) == (None, False)
+    assert found.remark == (
+        "HiGHS failed (PulpSolverError), CBC failed (PulpSolverError), no programme was solved: "
+        "only dynamic programmes and bounds tell"
+    )
 
 
 def test_cbc_gives_the_same_where_highs_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +190,10 @@ def test_cbc_gives_the_same_where_highs_is_missing(monkeypatch: pytest.MonkeyPat
     usual = [worth(p, split_by_milp(p).sizes) for p in problems]
     monkeypatch.setattr(pulp, "listSolvers", lambda onlyAvailable: ["PULP_CBC_CMD"])
     monkeypatch.setattr(pulp, "HiGHS", Crashing)
-    assert [worth(p, split_by_milp(p).sizes) for p in problems] == [None if x is None else pytest.approx(x) for x in usual]
+    found = [split_by_milp(p) for p in problems]
+    said = zip(problems, found, strict=True)
+    assert [worth(p, f.sizes) for p, f in said] == [None if x is None else pytest.approx(x) for x in usual]
+    assert {f.remark for f in found} == {"HiGHS is not installed, CBC solved the programmes"}
 
 
 def simple(kinds: list[int], ranks: int, fixed: list[float], batches: float = 100.0, **changes: Any) -> StageProblem:

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from moeplan.costmodels.model_catalog import load_model
+from moeplan.planner import relief, space
 from moeplan.planner import search as module
-from moeplan.planner import space
 from moeplan.planner.constraints import RULES, violations
 from moeplan.planner.plan import price_plan
-from moeplan.planner.problem import Problem
+from moeplan.planner.problem import Problem, parse_condition
 from moeplan.planner.search import COPY, EXCLUDED, MEMORY, SLOWER, Search, search
 from moeplan.profiles.hardware import load_cluster
 from moeplan.profiles.nominal import nominal
 from tests.planner import tiny
 from tests.planner.brute import Prices, identity, least, needed_bytes, one_by_one, size_of_space
+
+pytestmark = pytest.mark.usefixtures("coarse")
 
 CASES: dict[str, Problem] = {
     "dense, two nodes": tiny.problem(tiny.DENSE, "h100x16", batch=8),
@@ -83,9 +85,10 @@ ONE_BY_ONE = {
 
 
 @pytest.mark.parametrize("name", ONE_BY_ONE)
-def test_the_best_plans_are_those_of_checking_and_pricing_one_by_one(name: str) -> None:
+def test_the_best_plans_are_those_of_checking_and_pricing_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relief, "SHARES", 1)
     problem, alone = ONE_BY_ONE[name], one_by_one(ONE_BY_ONE[name])
-    assert len(alone) == len(Prices(problem).layouts)
+    assert len([x for x, _, _ in alone if not x.optimizer_offload]) == len(Prices(problem).layouts)
     for share in (1.0, 0.1):
         tight = replace(problem, memory_limit_bytes=Prices(problem).limit(share))
         fitting = [(x, step) for x, step, peak in alone if needed_bytes(peak) <= tight.device_bytes]
@@ -94,25 +97,24 @@ def test_the_best_plans_are_those_of_checking_and_pricing_one_by_one(name: str) 
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_fits_below_the_least_need(name: str) -> None:
-    least = prices(name).limit(0.0)
-    problem = replace(CASES[name], memory_limit_bytes=least * (1 - 1e-3))
+    problem = replace(CASES[name], memory_limit_bytes=float(prices(name).least_bytes.min()) * (1 - 1e-3))
     found = search(problem, 3)
     assert found.best == [] and found.rejected[MEMORY] > 0
-    assert 0 < found.nearest_excess_bytes <= needed_bytes(min(prices(name).peak_bytes)) - problem.device_bytes + 1
+    assert 0 < found.nearest_excess_bytes <= prices(name).least_bytes.min() - problem.device_bytes + 1
 
 
 def test_the_excess_is_that_of_the_smallest_layout() -> None:
-    problem = limited("experts", 0.0)
-    problem = replace(problem, memory_limit_bytes=problem.device_bytes - 2e6)
-    smallest = needed_bytes(min(prices("experts").peak_bytes))
+    smallest = float(prices("experts").least_bytes.min())
+    problem = replace(limited("experts", 0.0), memory_limit_bytes=smallest - 2e6)
     assert search(problem).nearest_excess_bytes == pytest.approx(smallest - problem.device_bytes, rel=1e-6)
 
 
 def test_memory_makes_it_recompute() -> None:
-    free, tight = search(limited("experts", 1.0), 1).best[0], search(limited("experts", 0.0), 1).best[0]
+    without = replace(limited("experts", 0.0), pins=(parse_condition("optimizer_offload=0"),))
+    free, tight = search(limited("experts", 1.0), 1).best[0], search(without, 1).best[0]
     assert free.layout.recompute == () and tight.layout.recompute != ()
-    without = [x.recompute == () for x in prices("experts").layouts]
-    needs = [needed_bytes(p) for p, plain in zip(prices("experts").peak_bytes, without, strict=True) if plain]
+    plainly = [x.recompute == () for x in prices("experts").layouts]
+    needs = [needed_bytes(p) for p, plain in zip(prices("experts").peak_bytes, plainly, strict=True) if plain]
     assert min(needs) > limited("experts", 0.0).device_bytes
     assert tight.step_s > free.step_s
 

@@ -137,7 +137,7 @@ def small(gpus: int, limit_mib: int) -> Problem:
 @pytest.mark.parametrize("gpus", (1, 2, 3, 8))
 def test_gpus_that_fit_is_the_first_size_with_a_plan(gpus: int) -> None:
     answers = set()
-    for limit_mib in (2300, 2400, 2600, 3000):
+    for limit_mib in (2200, 2250, 2400, 2600):
         if fits(gpus, limit_mib):
             continue
         # Beyond a node only whole nodes are there to be had.

@@ -11,7 +11,7 @@ from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import check_split
 from moeplan.planner.problem import Problem
-from moeplan.planner.stage_problem import StageProblem, level_splits
+from moeplan.planner.stage_problem import StageProblem
 from moeplan.planner.stage_setup import Form, forms, least_rest_s, split_text
 from tests.exporters.cases import layout_of, problem_of
 
@@ -24,6 +24,8 @@ CASES = [
     ("qwen3-235b-a22b", 256, 4096, dict(tp=2, pp=8, vpp=5, ep=8)),
     ("nemotron-3-nano-30b-a3b", 128, 8192, dict(pp=4, ep=8)),
     ("qwen3-8b", 256, 4096, dict(pp=2, vpp=2)),
+    ("deepseek-v3", 512, 4096, dict(pp=16, vpp=2, ep=8, recompute=("full",), recompute_layers="1")),
+    ("nemotron-3-nano-30b-a3b", 128, 8192, dict(pp=4, ep=8, recompute=("full",), recompute_layers="3")),
 ]
 
 
@@ -67,11 +69,3 @@ def test_spans_and_memory_are_those_of_the_price(index: int) -> None:
         assert (stages.spans(sizes) <= passes * (1 + 1e-9)).all()
         assert stages.excess_bytes(sizes) + stages.limit_bytes == pytest.approx(pricing.peak_bytes(), rel=1e-9)
         assert (least_rest_s(problem, rows)[0] + stages.spans(sizes) <= pricing.step_cost().time.total * (1 + 1e-9)).all()
-
-
-@pytest.mark.parametrize("index", [1, 2, 4, 5])
-def test_level_splits_hold_every_layer_once(index: int) -> None:
-    for form in case(index)[2]:
-        splits = level_splits(form.stages)
-        assert len(splits) > 1 and (splits.sum(axis=1) == len(form.stages.kinds)).all()
-        assert (splits >= form.stages.fewest).all() and (splits <= form.stages.most).all()

@@ -116,7 +116,7 @@ def test_an_answer_is_what_solve_finds(tmp_path: Path) -> None:
 
 def test_a_model_that_is_too_large_says_by_how_much(tmp_path: Path) -> None:
     sweep = small(tmp_path)
-    problem = dataclasses.replace(sweep.problem_of(next(sweep.points()), print), memory_limit_bytes=8e9)
+    problem = dataclasses.replace(sweep.problem_of(next(sweep.points()), print), memory_limit_bytes=4e9)
     found = answer(problem)
     assert found.status == "infeasible" and "GiB too large" in found.reason and not found.layout
 

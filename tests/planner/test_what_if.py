@@ -152,7 +152,8 @@ def test_relaxing_never_makes_a_plan_beside_the_best_slower(problem: Problem, da
         return
     layout = data.draw(st.sampled_from(candidates)).layout
     sharding = data.draw(st.sampled_from(("optimizer", "ddp")))
-    plan = price_plan(problem, dataclasses.replace(layout, sharding=sharding))
+    offload = layout.optimizer_offload if sharding == "optimizer" else 0.0
+    plan = price_plan(problem, dataclasses.replace(layout, sharding=sharding, optimizer_offload=offload))
     found = what_if(plan)
     if plan.excess_bytes <= 0:
         assert found.best is not None and found.best.step_s <= plan.step_s * (1 + 1e-9)

@@ -168,7 +168,7 @@ class PyTorchJob(Launcher):
     start = "`kubectl apply -f pytorchjob.yaml` (Kubeflow training operator 1.7 or later)"
     needs_node_script = True
     needs_variables = True
-    options = _OPTIONS
+    options: tuple[Option, ...] = _OPTIONS
 
     def text(self, job: Job, values: Mapping[str, str], files: Mapping[str, str]) -> str:
         """Master and workers are the same pod; the operator gives rank and address in PET_*."""

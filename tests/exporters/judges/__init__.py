@@ -15,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,14 @@ def verdicts(judge: str, cases: Sequence[dict[str, Any]], work: Path, *names: st
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return list(json.loads(answered.read_text(encoding="utf-8")))
+
+
+def verdicts_of_parts(
+    judge: str, parts: Mapping[str, Sequence[dict[str, Any]]], work: Path, *names: str
+) -> dict[str, list[dict[str, Any]]]:
+    """What a judge says to every case of some named parts."""
+    found = iter(verdicts(judge, [case for part in parts.values() for case in part], work, *names))
+    return {name: [next(found) for _ in part] for name, part in parts.items()}
 
 
 def serve(judge: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
