@@ -55,8 +55,8 @@ def optimum(known: Sequence[Comparison], title: str) -> Section:
             f"`solve` opens {opened}, {every / max(opened, 1):.0f} times fewer; at least {DEMAND:g} times fewer in {reached} "
             "of the problems.",
             "*Opened*: of the level splits of a stage problem some could be faster by their closed form, so that passes were "
-            "run, or a dynamic programme was solved. *Priced*: layouts with a split that the framework accepts, whose memory was "
-            "looked at and, where they fit, whose passes were run one by one. Processor time in seconds.",
+            "run, or a dynamic programme was solved. *Priced*: layouts with a split that the framework accepts, whose memory "
+            "was looked at and, where they fit, whose passes were run one by one. Processor time in seconds.",
         ),
         tables=(Table(columns=columns, rows=rows, wide=("optimum", "found by solve")),),
     )

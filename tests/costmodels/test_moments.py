@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan.costmodels.moments import compositions, entered
@@ -23,6 +23,7 @@ def test_compositions_by_hand() -> None:
     assert compositions(4, 2, 11, 4).tolist() == [[4, 4]] * 6
 
 
+@settings(deadline=None)
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(1, 8))
 def test_every_composition_is_of_the_schedule(group: int, chunks: int, rounds: int) -> None:
     """Passes in order, as a set: every row occurs, and every moment's counts lie between two rows."""
