@@ -242,7 +242,7 @@ def splits_within(problem: StageProblem, limit_s: float, most: int) -> Ints | No
 
     For one chunk a rank.
     """
-    allowed = [took <= limit_s for took, _ in _chunk_tables(problem)]
+    allowed = [np.isfinite(took) & (took <= limit_s) for took, _ in _chunk_tables(problem)]
     # ways on from a layer to the end, of the ranks from each on
     ways = [np.zeros(len(problem.kinds) + 1)]
     ways[0][-1] = 1.0

@@ -21,7 +21,7 @@ distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # those of Dask
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[Any]:
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as found:
         yield found
@@ -64,7 +64,7 @@ def test_no_scheduler_and_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         DaskEngine("tcp://127.0.0.1:1")
     with pytest.raises(DeviceError, match="no Dask scheduler at 'here'"):
         DaskEngine("here")
-    with distributed.LocalCluster(n_workers=0, dashboard_address=":0") as empty:
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as empty:
         with pytest.raises(DeviceError, match="has no worker"):
             DaskEngine(empty.scheduler_address)
 
