@@ -201,13 +201,17 @@ class _Refining:
             chunk_sizes(len(self.problem.model.layers), p, v) for p, v in zip(rows.pp.tolist(), rows.vpp.tolist(), strict=True)
         ]
         fewest, most = np.array(sizes, np.int64).reshape(-1, 2).T
+        again, once = (self._layer_s(some) for some in (rows.with_columns(recompute=np.full(len(rows), FULL)), rows))
+        batches = micro_batches(self.problem.workload, rows)
+        largest = np.clip(self.best.step_s // (batches * once.min(axis=0)), 1.0, most)  # chunk that takes no longer
         most = np.minimum(most - (not self.problem.model.mtp), MOST_COUNT - 1)
         source = np.repeat(np.arange(len(rows)), most)
         counts = np.arange(len(source)) - np.repeat(np.cumsum(most) - most, most) + 1
-        again, once = (self._layer_s(some) for some in (rows.with_columns(recompute=np.full(len(rows), FULL)), rows))
+        # layers that recompute: in each chunk that is not an end, and of chunks of s layers in all min(k, s) >= k s / largest
         chunks = np.maximum(rows.pp * rows.vpp - ENDS, 0)[source] * np.minimum(counts, fewest[source])
-        each = ((again - once).min(axis=0) * micro_batches(self.problem.workload, rows) / rows.pp)[source]
-        out = _Open(rows.take(source), every.bound_s[source] + chunks * each, chunks * each)
+        share = np.minimum(counts / largest[source], 1.0) * len(self.problem.model.layers)
+        extra = np.maximum(chunks, share) * ((again - once).min(axis=0) * batches / rows.pp)[source]
+        out = _Open(rows.take(source), every.bound_s[source] + extra, extra)
         keep = out.bound_s < self.best.step_s
         texts = ("", *(str(k) for k in range(1, MOST_COUNT)))
         whole = out.rows.take(keep).with_columns(recompute=np.full(int(keep.sum()), FULL))
