@@ -130,7 +130,7 @@ class _Open:
         if self.extra_s is None:
             return self.take((self.bound_s < limit_s) & may_beat(problem, self.rows, limit_s))
         counts = np.array([parse_counts(text) or EVERY for text in self.rows.recompute_counts])[self.rows.recompute_count]
-        beats = may_beat(problem, _plain(self.rows), limit_s - self.extra_s, leanest=FULL, lean_layers=counts)
+        beats = may_beat(problem, _without_recompute(self.rows), limit_s - self.extra_s, leanest=FULL, lean_layers=counts)
         return self.take((self.bound_s < limit_s) & beats)
 
 
@@ -173,7 +173,7 @@ class _Refining:
         # 1. layouts that could be faster under another split
         rows = open_rows(self.problem, self.best.step_s)
         considered = len(rows)
-        every = _Open(rows, self._least_s(_plain(rows)), np.zeros(len(rows))).below(self.problem, self.best.step_s)
+        every = _Open(rows, self._least_s(_without_recompute(rows)), np.zeros(len(rows))).below(self.problem, self.best.step_s)
         # 2. their stage problems
         unseen = [self._through(self._sets(every)), self._through(self._counts(every))]
         # 3. what they leave open
@@ -189,7 +189,7 @@ class _Refining:
         """Layouts under every set of recomputed modules."""
         rows = with_recompute(self.problem, every.rows)
         if any(rows.recompute_counts):  # pinned
-            return _Open(rows, self._least_s(_plain(rows)), np.zeros(len(rows)))
+            return _Open(rows, self._least_s(_without_recompute(rows)), np.zeros(len(rows)))
         return _Open(rows, self._least_s(rows)).below(self.problem, self.best.step_s)
 
     def _counts(self, every: _Open) -> _Open:
@@ -355,6 +355,6 @@ class _Refining:
         return programmes, bounds
 
 
-def _plain(rows: Layouts) -> Layouts:
+def _without_recompute(rows: Layouts) -> Layouts:
     """The layouts without recompute."""
     return rows.with_columns(recompute=0 * rows.recompute, recompute_counts=("",), recompute_count=0 * rows.recompute_count)

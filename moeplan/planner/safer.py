@@ -17,7 +17,6 @@ from moeplan.planner.search import Candidate, search
 
 KEPT = 5
 """Layouts under the limit that are looked at: under heavier routing some need more beyond it than the fastest of all does."""
-
 NEAR = 0.01
 """Share of its time by which the fastest of all beats one on no cliff that is as good for all that is known."""
 

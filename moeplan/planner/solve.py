@@ -120,14 +120,7 @@ def _split(problem: Problem, found: Search, splits: Splits, started: float, prog
     )
     better = [proof.best] if proof.best.step_s < np.inf else []
     others = [c for c in plain if c.identity != proof.best.identity]
-    changed = Search(
-        best=sorted([*better, *others], key=lambda c: c.step_s)[: max(1, len(found.best))],
-        considered=found.considered,
-        rejected=found.rejected,
-        priced=found.priced,
-        variants=found.variants,
-        nearest_excess_bytes=found.nearest_excess_bytes,
-    )
+    best = sorted([*better, *others], key=lambda c: c.step_s)[: max(1, len(found.best))]
     more = {
         "gap": proof.gap,
         "uneven_gap": proof.uneven_gap,
@@ -135,8 +128,8 @@ def _split(problem: Problem, found: Search, splits: Splits, started: float, prog
         "opened": proof.opened,
         "programmes": proof.programmes,
     }
-    best_of_all = [*changed.best, *safer(problem, changed.best)]
-    return _solution([(problem, c) for c in best_of_all], changed, started, proof.remarks, **more)
+    best = [*best, *safer(problem, best)]
+    return _solution([(problem, c) for c in best], found, started, proof.remarks, **more)
 
 
 def gpu_counts(problem: Problem) -> list[int]:

@@ -139,8 +139,13 @@ class StageProblem:
 
     def excess_bytes(self, sizes: Any) -> Any:
         """By how much the fullest rank of splits [n, C] exceeds the limit, [n]; negative: they fit."""
-        moments = [(np.array([m.held for m in some]), np.array([[m.base_bytes] for m in some])) for some in self.moments]
-        return needed_bytes(self.counts(sizes), self.state_bytes, self.saved_bytes, moments) - self.limit_bytes
+        counts = self.counts(sizes)
+        states, saved = counts.sum(axis=1) @ np.array(self.state_bytes), counts @ np.array(self.saved_bytes)
+        most = np.full(len(counts), -np.inf)
+        for r, moments in enumerate(self.moments):
+            for moment in moments:
+                most = np.maximum(most, states[:, r] + saved[:, :, r] @ np.array(moment.held) + moment.base_bytes)
+        return most - self.limit_bytes
 
 
 def layer_counts(kinds: Sequence[int], count: int, sizes: Any, again: int | None = None) -> Any:
@@ -167,23 +172,6 @@ def pass_seconds(counts: Any, seconds: Any, fixed_s: Any) -> Any:
     of_chunk = (counts * np.atleast_2d(seconds)[:, None, None]).sum(axis=-1)
     of_chunk[:, -1] += fixed_s
     return np.ascontiguousarray(of_chunk.transpose(2, 1, 0))
-
-
-def needed_bytes(counts: Any, state_bytes: Any, saved_bytes: Any, moments: Sequence[tuple[Any, Any]]) -> Any:
-    """Bytes that the fullest rank of each split needs, [n]. `counts`: layers of its chunks, [n, v, R, K].
-
-    `state_bytes`, `saved_bytes`: of a layer, [K] or [n, K]. `moments`: of each rank micro-batches in flight in its chunks,
-    [M, v], and what it holds beside layers, [M, 1] or [M, n].
-    """
-    state, saved = np.atleast_2d(state_bytes), np.atleast_2d(saved_bytes)
-    most = np.full(len(counts), -np.inf)
-    for r, (held, base) in enumerate(moments):
-        if not len(held):
-            continue
-        states = (counts[:, :, r].sum(axis=1) * state).sum(axis=-1)
-        kept = (counts[:, :, r] * saved[:, None]).sum(axis=-1)
-        most = np.maximum(most, (states + held @ kept.T + base).max(axis=0))
-    return most
 
 
 def chunk_sizes(layers: int, pp: int, vpp: int) -> tuple[int, int]:

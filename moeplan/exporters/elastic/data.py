@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moeplan._version import VERSION
+from moeplan.costmodels.layout import DEGREES
 from moeplan.costmodels.stages import chunk_letters
 from moeplan.errors import SchemaError
 from moeplan.exporters.base import Job
@@ -25,7 +26,6 @@ from moeplan.records import check_schema, read_text
 SCHEMA = "moeplan.elastic/1"
 ELASTIC = "elastic.json"
 """Name of the file; a directory that holds one with `SCHEMA` is an export of an elastic plan."""
-_DEGREES = ("tp", "cp", "pp", "vpp", "dp", "ep", "etp", "edp", "micro_batch")
 
 
 def elastic_data(
@@ -97,7 +97,7 @@ def _count(count: CountPlan, job: Job) -> dict[str, Any]:
         "uses": count.uses,
         "pi": round(count.share, 6),
         "layout": {
-            **{name: getattr(x, name) for name in _DEGREES},
+            **{name: getattr(x, name) for name in (*DEGREES, "micro_batch")},
             "stages": [sum(chunk.count("t") for chunk in chunks[rank :: x.pp]) for rank in range(x.pp)],
             "opt_instances": count.instances,
         },

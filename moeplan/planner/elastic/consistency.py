@@ -75,16 +75,14 @@ def _pin(name: str, base: Layout) -> Condition:
 
 def changed(first: Layout, second: Layout, first_batch: int = 0, second_batch: int = 0) -> tuple[str, ...]:
     """Fields beyond pipeline, recompute and overlap in which two layouts differ; "global_batch" where the batches do."""
-    names = ("tp", "cp", "dp", "ep", "etp", "micro_batch", "sequence_parallel", "dispatcher", "tp_overlap", "dp_overlap")
-    differs = tuple(n for n in (*names, *_KEPT_ALWAYS) if getattr(first, n) != getattr(second, n))
+    differs = tuple(n for n in _KEPT["bitwise"] if getattr(first, n) != getattr(second, n))
     return differs + ("global_batch",) * (first_batch != second_batch)
 
 
 def check_class(consistency: Consistency, problem: Problem, base: Layout, other: Layout, other_batch: int) -> None:
     """Refuse a layout that is not of the class of `base`, with the axes that it changes."""
     axes = changed(base, other, problem.workload.global_batch, other_batch)
-    held = held_fields(consistency, problem) + ("global_batch",) * (consistency != "none")
-    wrong = [name for name in axes if name in held]
+    wrong = [name for name in axes if name in _all_held(consistency, problem)]
     if not wrong:
         return
     said = ", ".join(f"{name} {_value(base, problem, name)} -> {_value(other, problem, name, other_batch)}" for name in wrong)

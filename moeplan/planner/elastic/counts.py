@@ -187,13 +187,11 @@ class _Sizes:
     def _search(self, size: int, best: float) -> tuple[SizedLayout, ...]:
         problem = self._problem(size)
         batch = problem.workload.global_batch
-        given, found = self.given.get(size, []), []
-        if self._divides(problem):
-            limit_s = batch / best if best else math.inf
-            found = [
-                SizedLayout(nodes=size, problem=problem, layout=c.layout, step_s=c.step_s, peak_bytes=c.peak_bytes)
-                for c in search(problem, KEEP * VARIANTS, limit_s=limit_s).best
-            ]
+        given, limit_s = self.given.get(size, []), batch / best if best else math.inf
+        found = [
+            SizedLayout(nodes=size, problem=problem, layout=c.layout, step_s=c.step_s, peak_bytes=c.peak_bytes)
+            for c in search(problem, KEEP * VARIANTS, limit_s=limit_s).best
+        ]
         # degrees that the user gives stay, whatever is faster
         own = {one.degrees for one in given}
         chosen: dict[tuple[int, ...], Sequence[SizedLayout]] = {}
@@ -216,12 +214,6 @@ class _Sizes:
             workload=workload,
             pins=(*base.pins, *self.pins),
         )
-
-    def _divides(self, problem: Problem) -> bool:
-        """Whether the pinned degrees divide the GPUs."""
-        grids = (("tp", "cp", "dp", "pp"), ("etp", "ep", "edp", "pp"))
-        pinned = [math.prod(int(value) for name in grid for value in problem.pinned(name)) for grid in grids]
-        return all(problem.profile.cluster.gpus % ranks == 0 for ranks in pinned)
 
 
 def _fastest(layouts: Sequence[SizedLayout]) -> list[SizedLayout]:

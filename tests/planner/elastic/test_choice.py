@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -25,12 +26,17 @@ def keeps_odd_nodes_idle(node_mtbf_s: float) -> Choices:
     sizes = {m: option(f"on {m}", 1.6 * (m - 0.7 * (m % 2)), m) for m in range(8, 17)}
     options = [[sizes[m] for m in range(8, n + 1)] for n in counts]
 
+    return moving(places, options, 120.0)
+
+
+def moving(places: Occupancy, options: Sequence[Sequence[Option]], each_s: float) -> Choices:
+    """Choices where what moves or restarts takes `each_s` seconds, and the loss of a spare none."""
+
     def cost(nodes: int, before: Option, then: int, after: Option) -> float:
-        """120 s for what moves or restarts."""
         if then > nodes and before is after:
             return 0.0
         spared = (nodes - before.uses) / nodes if then < nodes and before is after else 0.0
-        return (1.0 - spared) * 120.0
+        return (1.0 - spared) * each_s
 
     return Choices(occupancy=places, options=tuple(map(tuple, options)), seconds=seconds_of(places, options, cost))
 

@@ -7,11 +7,11 @@ import pytest
 
 from moeplan.errors import ProblemError
 from moeplan.planner.elastic.availability import Availability, Occupancy, occupancy
-from moeplan.planner.elastic.choice import Choices, Option, choose, fastest, only, seconds_of, terms_of
+from moeplan.planner.elastic.choice import Choices, choose, fastest, only, terms_of
 from moeplan.planner.elastic.choice_milp import best_by_milp
 from moeplan.planner.elastic.few_layouts import bounded, good_sets
 from tests.planner.elastic.chances import brute, option, random_choices
-from tests.planner.elastic.test_choice import keeps_odd_nodes_idle
+from tests.planner.elastic.test_choice import keeps_odd_nodes_idle, moving
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -101,14 +101,7 @@ def sized_choices(counts: range, seed: int) -> Choices:
     sizes = {m: option(f"on {m}", m * rng.uniform(0.8, 1.0), m) for m in range(counts[0] - 5, counts[-1] + 1)}
     options = [[one for m, one in sizes.items() if n - 49 <= m <= n] for n in counts]
 
-    def cost(nodes: int, before: Option, then: int, after: Option) -> float:
-        """200 s for what moves or restarts."""
-        if then > nodes and before is after:
-            return 0.0
-        spared = (nodes - before.uses) / nodes if then < nodes and before is after else 0.0
-        return (1.0 - spared) * 200.0
-
-    return Choices(occupancy=places, options=tuple(map(tuple, options)), seconds=seconds_of(places, options, cost))
+    return moving(places, options, 200.0)
 
 
 def test_few_layouts_of_32_counts() -> None:
