@@ -121,7 +121,9 @@ class Pricing:
         stage_s = np.empty((self._most_ranks, n))
         for group, rows in self._blocks():
             for name, seconds in self._step(group, rows, detail=True, exact=self.exact).items():
-                parts.setdefault(name, np.zeros(n))[rows] = seconds
+                if name not in parts:
+                    parts[name] = np.zeros(n)
+                parts[name][rows] = seconds
             stages = self._stage_seconds(group, rows)
             for k in range(self._most_ranks):
                 stage_s[k, rows] = stages[k if k < len(stages) else 0]
@@ -134,7 +136,9 @@ class Pricing:
             ranks = list(self._memory(group, rows, detail=True))
             for k in range(self._most_ranks):
                 for name, value in ranks[k if k < len(ranks) else 0].items():
-                    parts.setdefault(name, np.zeros((self._most_ranks, len(self.layouts))))[k, rows] = value
+                    if name not in parts:
+                        parts[name] = np.zeros((self._most_ranks, len(self.layouts)))
+                    parts[name][k, rows] = value
         return Breakdown(unit="bytes", parts=parts)
 
     def kind_costs(self) -> KindCosts:
@@ -148,6 +152,11 @@ class Pricing:
             state_bytes=np.stack([units.dense[k] * dense + units.expert[k] * expert for k in kinds]),
             saved_bytes=np.stack(self.layer_tables.saved_bytes(every)[: len(kinds)]),
         )
+
+    def beside_layers_bytes(self) -> Any:
+        """Buffers, and what the backward of its widest layer needs, on a rank with layers but without the head, [n]."""
+        batch = self._micro_batch(0, slice(None))
+        return gather(self._buffers, self._held_of_row) + batch.working + batch.again
 
     def saved_bytes(self) -> Any:
         """Kept of one micro-batch by a unit of each column of `stages.Ranks.layers`, [columns, n]; for rows of one split."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.costmodels.pipeline.waves import span_s
-from moeplan.planner.stage_problem import layer_counts, pass_seconds
+from moeplan.planner.stage_problem import chunk_sizes, layer_counts, pass_seconds
 from moeplan.planner.stage_setup import Group
 
 Ints = npt.NDArray[np.int64]
@@ -67,6 +67,13 @@ class LevelSplits:
         ways = (group.forward_s, group.fixed_forward_s), (group.backward_s, group.fixed_backward_s)
         forward, backward = (pass_seconds(counts, way[:, layouts].T, fixed[:, layouts].T) for way, fixed in ways)
         return span_s(forward, backward, group.batches)
+
+
+def level_sizes(layers: int, pp: int, vpp: int) -> tuple[int, int]:
+    """Fewest layers of a chunk of level splits that is not the first or one of the last two, and most of any."""
+    fewest, most = chunk_sizes(layers, pp, vpp)
+    whole = layers // (pp * vpp)
+    return max(fewest, whole - 1), min(most, whole + 2 + EXTRA)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,7 +1,7 @@
 """Certified refinement: the best split of layers over pipeline chunks of any layout, with a proof of how good it is.
 
 A search (`search.py`) prices even and FLOP-balanced splits. Here every layout that could beat what it found under another
-split, under any set of recomputed modules, is looked at. `stage_bounds.may_beat` passes over those that cannot. Of the others
+split, under any set of recomputed modules, is looked at. `stage_bounds.Reach` passes over those that cannot. Of the others
 all splits are looked at for one chunk a rank, by an exact dynamic programme (`stage_problem.split_by_programme`), and all level
 splits (`level_splits.py`) for several or where part of the layers recompute: bounded in closed form, run pass by pass where
 that is not enough, priced where that is not enough either. So no split among these is faster than the best.
@@ -12,6 +12,7 @@ a proof is asked for (`stage_proofs.py`). The answer does not depend on the numb
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,14 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.layout import Layout, Layouts
-from moeplan.costmodels.memory import micro_batches
 from moeplan.costmodels.price import Pricing
-from moeplan.costmodels.recompute import parse_counts
 from moeplan.planner.constraints import violations
 from moeplan.planner.level_splits import LevelSplits
 from moeplan.planner.problem import Problem
 from moeplan.planner.relief import FULL, counts_layers
 from moeplan.planner.search import Candidate, accepted_recompute, open_rows, with_recompute
-from moeplan.planner.stage_bounds import EVERY, may_beat
-from moeplan.planner.stage_problem import chunk_sizes, split_by_programme, splits_within
+from moeplan.planner.stage_bounds import Reach
+from moeplan.planner.stage_problem import split_by_programme, splits_within
 from moeplan.planner.stage_proofs import Task, proofs
 from moeplan.planner.stage_setup import Group, Rest, groups, least_rest, least_rest_s, split_text
 
@@ -41,8 +40,6 @@ PRICED = 16
 """Layouts under a split that are priced together."""
 MOST_COUNT = 32
 """Numbers of layers of a chunk that recompute, of which all below are looked at."""
-ENDS = 3
-"""Chunks of a split that may hold no layer: the first, the last, and the one before where the head has that for itself."""
 WITHIN = 4096
 """Splits of one chunk a rank that are looked at one by one."""
 HALVINGS = 9
@@ -106,32 +103,31 @@ def resplit(problem: Problem, candidates: Sequence[Candidate]) -> list[Candidate
     for i, candidate in enumerate(candidates):
         if candidate.layout.pp > 1 and "|" not in candidate.layout.recompute_layers:
             state = _Refining(problem, candidate, np.inf, None)
-            state.open(_Open(Layouts.of([candidate.layout]), np.zeros(1)))
+            rows = Layouts.of([candidate.layout])
+            state.open(_Open(rows, Reach.of(problem, rows)))
             out[i] = state.best
     return out
 
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """Layouts of which a split might be faster than the best; arrays over them are [n]."""
+    """Layouts of which a split might be faster than the best."""
 
     rows: Layouts
-    bound_s: Any
-    """Seconds of a step, at least."""
-    extra_s: Any = None
-    """Seconds that recompute adds at least, where part of the layers do; None: where all layers of a kind are alike."""
+    reach: Reach
+    """Of the layouts, or of the same without recompute."""
+    counted: bool = False
+    """Whether part of the layers of a chunk recompute."""
 
     def take(self, keep: Any) -> _Open:
         """Some of them."""
-        return _Open(self.rows.take(keep), self.bound_s[keep], None if self.extra_s is None else self.extra_s[keep])
+        return dataclasses.replace(self, rows=self.rows.take(keep), reach=self.reach.take(keep))
 
-    def below(self, problem: Problem, limit_s: float) -> _Open:
+    def below(self, limit_s: float) -> _Open:
         """Those that could take less under some split."""
-        if self.extra_s is None:
-            return self.take((self.bound_s < limit_s) & may_beat(problem, self.rows, limit_s))
-        counts = np.array([parse_counts(text) or EVERY for text in self.rows.recompute_counts])[self.rows.recompute_count]
-        beats = may_beat(problem, _without_recompute(self.rows), limit_s - self.extra_s, leanest=FULL, lean_layers=counts)
-        return self.take((self.bound_s < limit_s) & beats)
+        some = self.take(self.reach.least_s < limit_s)
+        some = dataclasses.replace(some, reach=some.reach.with_memory())
+        return some.take(some.reach.may_beat(limit_s))
 
 
 class _Level:
@@ -165,7 +161,8 @@ class _Refining:
     def __init__(self, problem: Problem, best: Candidate, deadline_s: float, progress: Progress | None) -> None:
         self.problem, self.best, self.deadline_s, self.progress = problem, best, deadline_s, progress
         self.opened = 0
-        self.left: list[_Open] = []
+        self.left: list[tuple[_Open, Any]] = []
+        """What splits of one chunk a rank left open, with bounds."""
         self.remarks: dict[str, None] = {}
 
     def run(self, gap: float, jobs: int) -> Refinement:
@@ -173,78 +170,55 @@ class _Refining:
         # 1. layouts that could be faster under another split
         rows = open_rows(self.problem, self.best.step_s)
         considered = len(rows)
-        every = _Open(rows, self._least_s(_without_recompute(rows)), np.zeros(len(rows))).below(self.problem, self.best.step_s)
+        reach = Reach.of(self.problem, _without_recompute(rows), FULL)
+        every = _Open(rows, reach).below(self.best.step_s)
         # 2. their stage problems
         unseen = [self._through(self._sets(every)), self._through(self._counts(every))]
         # 3. what they leave open
-        known = [some.bound_s[some.rows.vpp == 1] for some in self.left if some.extra_s is None]
+        known = [bounds[some.rows.vpp == 1] for some, bounds in self.left if not some.counted]
         left = min([*unseen, *(float(bounds.min(initial=np.inf)) for bounds in known)])
-        uneven = [some.take(some.rows.vpp > 1) for some in self.left if some.extra_s is None]
+        uneven = [some.take(some.rows.vpp > 1) for some, _ in self.left if not some.counted]
         aim = self.best.step_s * (1.0 - gap)
-        programmes, proven = self._close([some.below(self.problem, aim) for some in uneven], aim, jobs)
+        programmes, proven = self._close([some.below(aim) for some in uneven], aim, jobs)
         bound = min([self._least_of(uneven, aim), *proven])
         return Refinement(self.best, considered, self.opened, programmes, left, bound, tuple(self.remarks))
 
     def _sets(self, every: _Open) -> _Open:
         """Layouts under every set of recomputed modules."""
-        rows = with_recompute(self.problem, every.rows)
+        rows, source = with_recompute(self.problem, every.rows)
         if any(rows.recompute_counts):  # pinned
-            return _Open(rows, self._least_s(_without_recompute(rows)), np.zeros(len(rows)))
-        return _Open(rows, self._least_s(rows)).below(self.problem, self.best.step_s)
+            return dataclasses.replace(every.take(source), rows=rows)
+        return _Open(rows, Reach.of(self.problem, rows)).below(self.best.step_s)
 
     def _counts(self, every: _Open) -> _Open:
         """Layouts whose chunks recompute whole layers, in each number of them that could be faster."""
         rows = every.rows
         if not counts_layers(self.problem) or any(rows.recompute_counts):
             return every.take(slice(0, 0))
-        sizes = [
-            chunk_sizes(len(self.problem.model.layers), p, v) for p, v in zip(rows.pp.tolist(), rows.vpp.tolist(), strict=True)
-        ]
-        fewest, most = np.array(sizes, np.int64).reshape(-1, 2).T
-        again, once = (self._layer_s(some) for some in (rows.with_columns(recompute=np.full(len(rows), FULL)), rows))
-        batches = micro_batches(self.problem.workload, rows)
-        largest = np.clip(self.best.step_s // (batches * once.min(axis=0)), 1.0, most)  # chunk that takes no longer
-        most = np.minimum(most - (not self.problem.model.mtp), MOST_COUNT - 1)
-        source = np.repeat(np.arange(len(rows)), most)
-        counts = np.arange(len(source)) - np.repeat(np.cumsum(most) - most, most) + 1
-        # layers that recompute: in each chunk that is not an end, and of chunks of s layers in all min(k, s) >= k s / largest
-        chunks = np.maximum(rows.pp * rows.vpp - ENDS, 0)[source] * np.minimum(counts, fewest[source])
-        share = np.minimum(counts / largest[source], 1.0) * len(self.problem.model.layers)
-        extra = np.maximum(chunks, share) * ((again - once).min(axis=0) * batches / rows.pp)[source]
-        out = _Open(rows.take(source), every.bound_s[source] + extra, extra)
-        keep = out.bound_s < self.best.step_s
+        reach, source = every.reach.counted(MOST_COUNT - 1, self.best.step_s)
         texts = ("", *(str(k) for k in range(1, MOST_COUNT)))
-        whole = out.rows.take(keep).with_columns(recompute=np.full(int(keep.sum()), FULL))
-        counted = whole.with_columns(recompute_counts=texts, recompute_count=counts[keep])
+        whole = rows.take(source).with_columns(recompute=np.full(len(source), FULL))
+        counted = whole.with_columns(recompute_counts=texts, recompute_count=reach.columns["lean_layers"].astype(np.int64))
         # whether chunks have so many layers is seen when a split is priced
         accepted = accepted_recompute(self.problem, whole) & self.problem.allows(counted, ("recompute_layers",))
-        return _Open(counted, out.bound_s[keep], out.extra_s[keep]).take(accepted).below(self.problem, self.best.step_s)
+        return _Open(counted, reach, counted=True).take(accepted).below(self.best.step_s)
 
     def _through(self, some: _Open) -> float:
         """Solve the stage problems of layouts, the most promising first; a bound on those for which there was no time."""
-        some, start, tested_s = some.take(np.argsort(some.bound_s, kind="stable")), 0, self.best.step_s
-        while start < len(some.rows) and some.bound_s[start] < self.best.step_s:
+        some, start, tested_s = some.take(np.argsort(some.reach.least_s, kind="stable")), 0, self.best.step_s
+        bound = some.reach.least_s
+        while start < len(bound) and bound[start] < self.best.step_s:
             if time.perf_counter() >= self.deadline_s:
-                return float(some.bound_s[start])
+                return float(bound[start])
             if self.best.step_s < tested_s:  # what a better layout rules out
-                some, start = some.take(slice(start, None)).below(self.problem, self.best.step_s), 0
-                tested_s = self.best.step_s
+                some, start = some.take(slice(start, None)).below(self.best.step_s), 0
+                bound, tested_s = some.reach.least_s, self.best.step_s
                 continue
             self.open(some.take(slice(start, start + AT_ONCE)))
             start += AT_ONCE
             if self.progress is not None:
                 self.progress(min(start, len(some.rows)), len(some.rows))
         return np.inf
-
-    def _layer_s(self, rows: Layouts) -> Any:
-        """Seconds of one micro-batch in a layer of each kind, [kinds, n]."""
-        return Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows).kind_costs().seconds
-
-    def _least_s(self, rows: Layouts) -> Any:
-        """Seconds that no split of each layout can beat, memory aside, [n]."""
-        pricing = Pricing(self.problem.model, self.problem.profile, self.problem.workload, rows)
-        each = micro_batches(self.problem.workload, rows) * pricing.whole_micro_batch_s() / rows.pp
-        return each + least_rest_s(self.problem, rows)
 
     def open(self, some: _Open) -> None:
         """Solve the stage problems of some layouts and price what comes out."""
@@ -258,8 +232,9 @@ class _Refining:
                 of_plain[group.rows] = np.minimum(of_plain[group.rows], self._plain(rows, group, rest))
         for one in sorted(level, key=lambda one: one.least_s):
             self._level(rows, one)
-        left = _Open(rows, np.maximum(some.bound_s, of_plain), some.extra_s)
-        self.left.append(left.take(left.bound_s < self.best.step_s))
+        bound = np.maximum(some.reach.least_s, of_plain)
+        keep = bound < self.best.step_s
+        self.left.append((some.take(keep), bound[keep]))
 
     def _plain(self, rows: Layouts, group: Group, rest: Rest) -> Any:
         """Price the splits of a group of one chunk a rank that could be faster than the best; a bound on what is left, [n]."""
@@ -323,13 +298,13 @@ class _Refining:
     def _least_of(self, left: Sequence[_Open], low: float) -> float:
         """Seconds of a step above `low` that bounds leave none of the layouts below; infinite without any."""
         high = self.best.step_s
-        left = [rest for some in left if len((rest := some.below(self.problem, high)).rows)]
+        left = [rest for some in left if len((rest := some.below(high)).rows)]
         if not left or high == np.inf:
             return np.inf
         low = max(low, high / 2.0)
         for _ in range(HALVINGS):
             middle = (low + high) / 2.0
-            below = [rest for some in left if len((rest := some.below(self.problem, middle)).rows)]
+            below = [rest for some in left if len((rest := some.below(middle)).rows)]
             low, high, left = (low, middle, below) if below else (middle, high, left)
         return low
 
@@ -337,10 +312,10 @@ class _Refining:
         """Programmes that were solved, and what they prove of each layout; splits that come out are priced."""
         tasks, at = [], []
         for some in left:
-            rest = least_rest_s(self.problem, some.rows)
+            rest, bound = least_rest_s(self.problem, some.rows), some.reach.least_s
             for group in groups(self.problem, some.rows):
                 for i, row in enumerate(group.rows.tolist()):
-                    tasks.append(Task(group.one(i), float(rest[row]), float(some.bound_s[row]), aim_s, self.deadline_s))
+                    tasks.append(Task(group.one(i), float(rest[row]), float(bound[row]), aim_s, self.deadline_s))
                     at.append((some.rows, group, i))
         order = sorted(range(len(tasks)), key=lambda place: tasks[place].bound_s)
         programmes, bounds = 0, []

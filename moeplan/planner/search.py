@@ -92,10 +92,12 @@ def open_rows(problem: Problem, limit_s: float) -> Layouts:
     return rows.take(np.sort(first))
 
 
-def with_recompute(problem: Problem, rows: Layouts) -> Layouts:
-    """Each layout with every set of recomputed modules that the framework accepts."""
-    rows = space.with_shared_overlap(problem, space.cross(rows, {"recompute": space.recompute_sets(problem)}))
-    return rows.take(accepted_recompute(problem, rows))
+def with_recompute(problem: Problem, rows: Layouts) -> tuple[Layouts, Any]:
+    """Each layout with every set of recomputed modules that the framework accepts, and its place among `rows`."""
+    sets = space.recompute_sets(problem)
+    spread = space.with_shared_overlap(problem, space.cross(rows, {"recompute": sets}))
+    accepted = accepted_recompute(problem, spread)
+    return spread.take(accepted), np.repeat(np.arange(len(rows)), len(sets))[accepted]
 
 
 def accepted_recompute(problem: Problem, rows: Layouts) -> Any:

@@ -15,14 +15,16 @@ from moeplan.costmodels.pipeline.waves import span_s
 from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import balanced_split
 from moeplan.planner.constraints import violations
+from moeplan.planner.level_splits import LevelSplits, level_sizes
 from moeplan.planner.plan import price_plan
 from moeplan.planner.problem import parse_condition
 from moeplan.planner.refine import refine, resplit
+from moeplan.planner.relief import FULL
 from moeplan.planner.search import Candidate, open_rows, search, with_recompute
 from moeplan.planner.solve import Splits, solve
-from moeplan.planner.stage_bounds import may_beat
+from moeplan.planner.stage_bounds import Reach
 from moeplan.planner.stage_problem import StageProblem
-from moeplan.planner.stage_setup import forms, least_rest_s, split_text
+from moeplan.planner.stage_setup import forms, groups, least_rest_s, split_text
 from moeplan.units import GIB
 from tests.exporters.cases import layout_of, problem_of
 from tests.planner.test_stage_setup import random_sizes
@@ -45,7 +47,7 @@ def test_the_best_split_is_that_of_pricing_all_of_them() -> None:
     problem = dataclasses.replace(problem, model=problem.model.cut(10), pins=tuple(map(parse_condition, pins)))
     found = search(problem, 1)
     proof = refine(problem, found.best[0])
-    rows = with_recompute(problem, open_rows(problem, np.inf))
+    rows, _ = with_recompute(problem, open_rows(problem, np.inf))
     assert len(rows) > 30
     form = next(forms(problem, rows.take([0])))
     texts = tuple(split_text(problem, sizes, False) for sizes in every_split(form.stages))
@@ -81,8 +83,42 @@ def test_no_split_beats_what_the_bound_rules_out(name: str, fields: dict[str, in
         took, fits = pricing.step_seconds(), problem.excess_bytes(pricing.peak_bytes()) <= 0.0
         assert (least_rest_s(problem, rows)[0] + form.stages.exact_spans(sizes) <= took * (1 + 1e-9)).all()
         for seconds in took[fits]:
-            assert may_beat(problem, rows, seconds * (1 + 1e-9))[0]
-    assert not may_beat(problem, rows, float(took.min()) / 3)[0]
+            assert Reach.of(problem, rows).may_beat(seconds * (1 + 1e-9))[0]
+    assert not Reach.of(problem, rows).may_beat(float(took.min()) / 3)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "fields"),
+    [
+        ("deepseek-v3", 64, {"pp": 8, "ep": 16}),  # fewer micro-batches than ranks
+        ("deepseek-v3", 1024, {"pp": 8, "ep": 16}),
+        ("deepseek-v3", 1024, {"pp": 4, "vpp": 5, "ep": 32}),
+        ("qwen3-235b-a22b", 256, {"pp": 16, "ep": 8}),
+        ("qwen3-235b-a22b", 256, {"pp": 8, "vpp": 3, "ep": 16}),
+    ],
+)
+def test_no_level_split_beats_what_the_bound_rules_out_where_some_layers_recompute(
+    name: str, batch: int, fields: dict[str, int]
+) -> None:
+    problem = problem_of(name, "b200x128", batch, 4096)
+    rows = Layouts.of([layout_of(problem.model, 128, **fields)])
+    reach = Reach.of(problem, rows, FULL)
+    seen = 0
+    most = level_sizes(len(problem.model.layers), int(rows.pp[0]), int(rows.vpp[0]))[1]
+    for k in (k for k in (1, 2, 3, 5, 9) if k <= most):
+        counted = rows.with_columns(recompute=np.array([FULL]), recompute_counts=("", str(k)), recompute_count=np.array([1]))
+        for group in groups(problem, counted):
+            splits = [s for s in LevelSplits(group).splits.tolist() if max(s) > k or problem.model.mtp]
+            for sizes in random.Random(k).sample(splits, min(40, len(splits))):
+                one = Layouts.of([dataclasses.replace(counted.row(0), stages=split_text(problem, sizes, group.alone))])
+                pricing = Pricing(problem.model, problem.profile, problem.workload, one, exact=True)
+                if problem.excess_bytes(pricing.peak_bytes())[0] > 0.0:
+                    continue
+                limit_s = float(pricing.step_seconds()[0]) * (1 + 1e-9)
+                bounds, _ = reach.counted(9, limit_s)
+                assert k in bounds.columns["lean_layers"][bounds.may_beat(limit_s)]
+                seen += 1
+    assert seen > 20
 
 
 @pytest.mark.parametrize(("p", "v", "m"), [(1, 1, 3), (4, 1, 3), (4, 1, 9), (3, 2, 3), (4, 3, 12), (2, 5, 4)])
