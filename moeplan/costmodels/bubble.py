@@ -36,18 +36,21 @@ def least_span_s(fill: Fill, units_s: Sequence[Any], batches: Any) -> Any:
     return took.max(axis=0)
 
 
-def exact_span_s(chunks: Floats, forward_s: Sequence[Any], backward_s: Sequence[Any], batches: Any) -> Any:
-    """Seconds of all passes, [n]; `chunks`: units of every chunk, [p, v, units]; seconds of each unit, [n] each.
+def pass_seconds(chunks: Floats, units_s: Sequence[Any]) -> Any:
+    """Seconds of a pass of every chunk, [p, v, n]; `chunks`: its units, [p, v, units]; seconds of each unit, [n] each."""
+    return np.einsum("pvu,un->pvn", chunks, np.stack(np.broadcast_arrays(*units_s)))
+
+
+def exact_span_s(forward_s: Any, backward_s: Any, batches: Any) -> Any:
+    """Seconds of all passes, [n], given those of every chunk, [p, v, n].
 
     0 where micro-batches are no whole number, or interleaved groups of p are not full: no order is known.
     """
-    n, (p, v, _) = len(batches), chunks.shape
-    ways = [np.stack([np.broadcast_to(unit, n) for unit in way]) for way in (forward_s, backward_s)]
-    forward, backward = (np.einsum("pvu,un->pvn", chunks, way) for way in ways)
+    p, v, n = forward_s.shape
     out = np.zeros(n)
     rows = np.flatnonzero((batches == np.floor(batches)) & ((v == 1) | (batches % p == 0)))
     if len(rows):
-        out[rows] = span_s(forward[..., rows], backward[..., rows], batches[rows])
+        out[rows] = span_s(forward_s[..., rows], backward_s[..., rows], batches[rows])
     return out
 
 

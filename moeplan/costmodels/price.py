@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.breakdown import Breakdown
-from moeplan.costmodels.bubble import exact_span_s, least_span_s
+from moeplan.costmodels.bubble import exact_span_s, least_span_s, pass_seconds
 from moeplan.costmodels.constants import MEMORY, STEP
 from moeplan.costmodels.layer_tables import LayerTables, gather
 from moeplan.costmodels.layout import SHARDINGS, Codes, Layouts
 from moeplan.costmodels.memory import (
     StageParameters,
     StateBytes,
-    UnitParameters,
     gradient_buffers,
     micro_batches,
     rank_parameters,
@@ -31,30 +30,21 @@ from moeplan.costmodels.memory import (
     unit_parameters,
 )  # fmt: skip
 from moeplan.costmodels.model import Model
+from moeplan.costmodels.once_tables import SPLIT_FIELDS, OnceTables
 from moeplan.costmodels.peak import MicroBatchMemory, moment_parts
 from moeplan.costmodels.stages import Ranks, all_ranks, binding_ranks, chunk_units, filling
 from moeplan.costmodels.step import (
-    DataParallelTime,
     KindCosts,
     StepCost,
     data_parallel_exposed_s,
-    data_parallel_times,
-    dense_group,
-    expert_group,
     send_times,
     sends_exposed_s,
 )  # fmt: skip
 from moeplan.costmodels.workload import Workload
 from moeplan.profiles.profile import Profile
 
-SPLIT_FIELDS = ("pp", "vpp", "split")
-"""What says which layers stand on which rank."""
 GROUP_FIELDS = (*SPLIT_FIELDS, "recompute_count")
 """What says besides which of them recompute; layouts that share it are priced together."""
-DENSE_SPREAD = (*SPLIT_FIELDS, "tp", "cp", "dp", "sharding", "optimizer_offload")
-"""What the exchange of dense parameters depends on."""
-EXPERT_SPREAD = (*SPLIT_FIELDS, "ep", "etp", "edp", "sharding", "optimizer_offload")
-"""What the exchange of expert parameters depends on."""
 STATE_FIELDS = ("pp", "tp", "cp", "dp", "etp", "edp", "sharding", "optimizer_offload")
 """What the bytes of a parameter depend on."""
 BLOCK = 16384
@@ -81,17 +71,18 @@ class Pricing:
 
     def step_seconds(self) -> Any:
         """Step time of every row, [n]."""
+        if self.exact:
+            return self.exact_step_seconds(np.arange(len(self.layouts)))
         out = np.empty(len(self.layouts))
         for group, rows in self._blocks():
-            out[rows] = sum(self._step(group, rows, exact=self.exact).values())
+            out[rows] = sum(self._step(group, rows).values())
         return out
 
     def exact_step_seconds(self, chosen: Any) -> Any:
         """Exact step time of the rows at the places `chosen`, in their order."""
-        out, places = np.empty(len(self.layouts)), np.arange(len(self.layouts))
-        for group, rows in self._blocks():
-            if len(some := np.intersect1d(places[rows], chosen, assume_unique=True)):
-                out[some] = sum(self._step(group, some, exact=True).values())
+        out, spans = np.empty(len(self.layouts)), self._exact_spans(chosen)
+        for group, rows in self._blocks(chosen):
+            out[rows] = sum(self._step(group, rows, spans).values())
         return out[chosen]
 
     def peak_bytes(self) -> Any:
@@ -119,8 +110,9 @@ class Pricing:
         n = len(self.layouts)
         parts: dict[str, Any] = {}
         stage_s = np.empty((self._most_ranks, n))
+        spans = self._exact_spans(np.arange(n)) if self.exact else None
         for group, rows in self._blocks():
-            for name, seconds in self._step(group, rows, detail=True, exact=self.exact).items():
+            for name, seconds in self._step(group, rows, spans, detail=True).items():
                 if name not in parts:
                     parts[name] = np.zeros(n)
                 parts[name][rows] = seconds
@@ -170,8 +162,11 @@ class Pricing:
 
     # -- one block of rows that share a split ----------------------------------------------------------------------------
 
-    def _step(self, group: int, rows: Any, *, exact: bool, detail: bool = False) -> dict[str, Any]:
-        """Seconds of a step by part, [n]; without `detail` all layers are one part, without `exact` waiting is bounded."""
+    def _step(self, group: int, rows: Any, spans: Any = None, *, detail: bool = False) -> dict[str, Any]:
+        """Seconds of a step by part, [n]; without `detail` all layers are one part.
+
+        `spans`: of the passes of all rows, see `_exact_spans`; without it waiting is bounded.
+        """
         pp, vpp = self._degrees(group)
         batches = self._batches[rows]
         units = list(self._unit_seconds(group, rows))
@@ -180,14 +175,15 @@ class Pricing:
         longest = functools.reduce(np.maximum, stages)
         # 2. the slowest rank's work for all micro-batches, and its waiting for others
         parts = self._layer_parts(group, rows, stages, batches) if detail else {"layers": batches * longest}
-        waits = self._span(group, rows, units, exact) - batches * longest if pp > 1 else 0.0
+        waits = self._span(group, rows, units, spans) - batches * longest if pp > 1 else 0.0
         parts["pipeline bubble"] = np.maximum(waits, 0.0)
-        dense_place, expert_place = self._dense_spread[1][rows], self._expert_spread[1][rows]
+        once = self._once
+        dense_place, expert_place = once.dense_of_row[rows], once.expert_of_row[rows]
         inside, across = (gather(t, self.layer_tables.dense_of_row[rows]) for t in self._sends)
-        one = np.where(self._stage_in_domain[dense_place], inside, across) if pp > 1 else inside
+        one = np.where(once.stage_in_domain[dense_place], inside, across) if pp > 1 else inside
         parts["pipeline sends"] = sends_exposed_s(one, batches, pp, vpp)
         # 3. once a step: data parallelism, optimizer, overhead
-        dense, expert = self._data_parallel
+        dense, expert = once.dense_times, once.expert_times
         parts["data-parallel exchange"] = self.profile.exposed * data_parallel_exposed_s(
             dense.scatter[dense_place] + expert.scatter[expert_place],
             dense.gather[dense_place] + expert.gather[expert_place],
@@ -202,15 +198,25 @@ class Pricing:
         parts["step overhead"] = STEP.overhead_s
         return parts
 
-    def _span(self, group: int, rows: Any, units: list[Any], exact: bool) -> Any:
-        """Seconds of the passes of all ranks, [n]: exact, or in closed form from below."""
-        split, batches = self._split(group), self._batches[rows]
-        least = least_span_s(filling(*split), units, batches)
-        if not exact:
-            return least
-        ways = [table.pass_seconds(rows) for table in self._tables(group)]
-        there, back = ([unit for table in ways for unit in table[way]] for way in (0, 1))
-        return np.maximum(exact_span_s(chunk_units(*split), there, back, batches), least)
+    def _span(self, group: int, rows: Any, units: list[Any], spans: Any) -> Any:
+        """Seconds of the passes of all ranks, [n]: exact where `spans` are given, or in closed form from below."""
+        least = least_span_s(filling(*self._split(group)), units, self._batches[rows])
+        return least if spans is None else np.maximum(spans[rows], least)
+
+    def _exact_spans(self, chosen: Any) -> Any:
+        """Seconds of all passes of the rows at the places `chosen`, run together where pipelines are alike, [n]."""
+        alike: dict[tuple[int, int], list[list[Any]]] = {}
+        for group, rows in self._blocks(chosen):
+            if self._degrees(group)[0] > 1:
+                ways = [table.pass_seconds(rows) for table in self._tables(group)]
+                units = chunk_units(*self._split(group))
+                passes = [pass_seconds(units, [unit for table in ways for unit in table[way]]) for way in (0, 1)]
+                alike.setdefault(self._degrees(group), []).append([rows, *passes])
+        out = np.zeros(len(self.layouts))
+        for parts in alike.values():
+            rows, forward, backward = (np.concatenate(some, axis=-1) for some in zip(*parts, strict=True))
+            out[rows] = exact_span_s(forward, backward, self._batches[rows])
+        return out
 
     def _stage_seconds(self, group: int, rows: Any, units: list[Any] | None = None) -> list[Any]:
         """Seconds of one micro-batch on each rank looked at, [n] each."""
@@ -280,9 +286,17 @@ class Pricing:
 
     # -- tables, made when first needed ----------------------------------------------------------------------------------
 
-    def _blocks(self) -> Iterator[tuple[int, Any]]:
-        """Groups of rows that share a split, in blocks: the place of the split, and rows as slice or indices."""
+    def _blocks(self, chosen: Any = None) -> Iterator[tuple[int, Any]]:
+        """Groups of rows that share a split, in blocks: the place of the split, and rows as slice or indices.
+
+        Of the rows at the places `chosen` only, if given, as indices.
+        """
         splits, of_row = self._splits
+        if chosen is not None:
+            for group in np.unique(of_row[chosen]).tolist():
+                some = np.sort(chosen[of_row[chosen] == group])
+                yield from ((group, some[a : a + BLOCK]) for a in range(0, len(some), BLOCK))
+            return
         if len(splits) == 1:
             order: Any = None
             ends = [len(of_row)]
@@ -370,41 +384,5 @@ class Pricing:
         return gradient_buffers(self.model, self._held[0]) + MEMORY.workspace_bytes
 
     @functools.cached_property
-    def _dense_spread(self) -> tuple[Layouts, Any]:
-        return self._codes.distinct(*DENSE_SPREAD)
-
-    @functools.cached_property
-    def _expert_spread(self) -> tuple[Layouts, Any]:
-        return self._codes.distinct(*EXPERT_SPREAD)
-
-    @functools.cached_property
-    def _stage_in_domain(self) -> Any:
-        """Whether the next pipeline rank stands in the same scale-up domain, on the distinct dense spreads."""
-        spread = self._dense_spread[0]
-        return spread.tp * spread.cp * spread.dp < self.profile.cluster.domain_gpus
-
-    @functools.cached_property
-    def _data_parallel(self) -> tuple[DataParallelTime, DataParallelTime]:
-        """Exchange and update of dense and of expert parameters, of the rank that holds most of each."""
-        dense, expert = self._dense_spread[0], self._expert_spread[0]
-        most_dense, most_expert = self._most(dense).dense, self._most(expert).expert
-        return (
-            data_parallel_times(self.profile, self.workload, dense, most_dense, dense_group(self.profile, dense)),
-            data_parallel_times(self.profile, self.workload, expert, most_expert, expert_group(self.profile, expert)),
-        )
-
-    def _most(self, spread: Layouts) -> UnitParameters:
-        """Most dense and most expert parameters of any rank of each layout's split, [n]."""
-        keys, of_row = spread.distinct(*SPLIT_FIELDS, "tp", "ep", "etp")
-        dense, expert = np.empty(len(keys)), np.empty(len(keys))
-        units = unit_parameters(self.model, keys)
-        splits, seen = self._splits[0], set()
-        for g, (pp, vpp, split) in enumerate(zip(splits.pp, splits.vpp, splits.split, strict=True)):
-            if (pp, vpp, split) in seen:  # which layers recompute says nothing of parameters
-                continue
-            seen.add((pp, vpp, split))
-            rows = np.flatnonzero((keys.pp == pp) & (keys.vpp == vpp) & (keys.split == split))
-            some = UnitParameters(units.dense[:, rows], units.expert[:, rows])
-            held = rank_parameters(self.model, self._ranks[g], some)
-            dense[rows], expert[rows] = held.dense.max(axis=0), held.expert.max(axis=0)
-        return UnitParameters(dense[of_row], expert[of_row])
+    def _once(self) -> OnceTables:
+        return OnceTables(self.model, self.profile, self.workload, self._codes)

@@ -127,13 +127,26 @@ def _balanced(model: Model, seq_len: int, chunks: int) -> str:
     prediction = sum(layer_flops(x, model, seq_len) + head for x in model.mtp)
     prediction += sum(2 * w.size for w in mtp_weights(model) if w.gemm) * len(model.mtp)
     prefix = [0.0, *accumulate(load)]
-    low, high = max(max(load), (prefix[-1] + head + prediction) / chunks), prefix[-1] + head + prediction
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _fill(prefix, head + prediction, chunks, middle) else (middle, high)
-    sizes = _fill(prefix, head + prediction, chunks, high)
+    tail = head + prediction
+    sizes = _fill(prefix, tail, chunks, prefix[-1] + tail)
     assert sizes is not None  # one bound holds everything
+    low, high = max(max(load), (prefix[-1] + tail) / chunks), _heaviest(prefix, tail, sizes)
+    while low < high * (1 - 1e-9):
+        for bound in ((low + high) / 2, high * (1 - 1e-9)):  # that none is just below the best proves it
+            found = _fill(prefix, tail, chunks, bound)
+            if found is None:
+                low = bound
+            else:
+                sizes, high = found, _heaviest(prefix, tail, found)
+                break
     return format_split(split_letters(sizes, len(model.mtp)))
+
+
+def _heaviest(prefix: list[float], tail: float, sizes: Sequence[int]) -> float:
+    """Load of the heaviest chunk."""
+    ends = list(accumulate(sizes))
+    loads = [prefix[end] - prefix[end - size] for end, size in zip(ends, sizes, strict=True)]
+    return max(*loads[:-1], loads[-1] + tail) if len(loads) > 1 else loads[0] + tail
 
 
 def _fill(prefix: list[float], tail: float, chunks: int, bound: float) -> list[int] | None:

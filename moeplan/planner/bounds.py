@@ -24,20 +24,28 @@ from moeplan.planner.problem import Problem
 
 LONG_S = 1e9
 """A micro-batch that hides all that can be hidden."""
+WORK_FIELDS = ("tp", "cp", "ep", "etp", "sequence_parallel", "cuda_graphs")
+"""What the work for a sample depends on, beside micro-batch and features."""
+ONCE_FIELDS = ("tp", "cp", "pp", "dp", "ep", "etp", "edp", "sharding", "dp_overlap", "optimizer_offload")
+"""What is done once a step depends on."""
 
 
-def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequence[int]) -> Any:
-    """Seconds that no layout with the degrees of a group can beat, [n]; `micro_batches` are those to choose from."""
+def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequence[int] | None = None) -> Any:
+    """Seconds that no layout with the degrees of a group can beat, [n].
+
+    `micro_batches`: those to choose from; None: each group's own.
+    """
     if not len(groups):
         return np.zeros(0)
     model, profile, workload = problem.model, problem.profile, problem.workload
-    keys, of_row = groups.distinct("tp", "cp", "ep", "etp", "sequence_parallel", "cuda_graphs")
-    rows = space.cross(space.cross(keys, {"micro_batch": micro_batches}), space.feature_options(problem))
-    rows = space.with_shared_overlap(problem, rows)
+    keys, of_row = groups.distinct(*WORK_FIELDS, *(() if micro_batches else ("micro_batch",)))
+    rows = space.cross(keys, {"micro_batch": micro_batches}) if micro_batches else keys
+    rows = space.with_shared_overlap(problem, space.cross(rows, space.feature_options(problem)))
     whole = Pricing(model, profile, workload, rows).whole_micro_batch_s()
     per_sample: Any = np.asarray(whole / rows.micro_batch).reshape(len(keys), -1).min(axis=1)
     work = workload.global_batch / groups.dp * per_sample[of_row] / groups.pp
-    return work + STEP.overhead_s + once(problem, groups, mean_parameters(model, groups)).seconds(slice(None))
+    degrees, of_row = groups.distinct(*ONCE_FIELDS)
+    return work + STEP.overhead_s + once(problem, degrees, mean_parameters(model, degrees)).seconds(of_row)
 
 
 @dataclass(frozen=True, slots=True)

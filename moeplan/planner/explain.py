@@ -15,9 +15,10 @@ import numpy as np
 from moeplan.costmodels.layout import Layouts
 from moeplan.costmodels.price import Pricing
 from moeplan.planner.constraints import RULES
+from moeplan.planner.levels import EXCLUDED, MEMORY, SLOWER
 from moeplan.planner.plan import Plan
 from moeplan.planner.problem import Condition, Problem
-from moeplan.planner.search import EXCLUDED, MEMORY, SLOWER, Candidate, search
+from moeplan.planner.search import Candidate, search
 from moeplan.planner.space import divisors
 from moeplan.planner.ties import distances
 from moeplan.units import format_bytes

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from moeplan.costmodels.layout import Layout, Layouts
 from moeplan.costmodels.price import Pricing
 from moeplan.planner.constraints import violations
 from moeplan.planner.level_splits import LevelSplits
+from moeplan.planner.levels import Levels, once_each, open_rows, with_recompute
 from moeplan.planner.problem import Problem
 from moeplan.planner.relief import FULL, counts_layers
-from moeplan.planner.search import Candidate, accepted_recompute, open_rows, with_recompute
+from moeplan.planner.search import Candidate, Search
 from moeplan.planner.stage_bounds import Reach
 from moeplan.planner.stage_problem import split_by_programme, splits_within
 from moeplan.planner.stage_proofs import Task, proofs
@@ -54,7 +55,7 @@ class Refinement:
     best: Candidate
     """The best layout; if nothing fits, one that takes forever."""
     considered: int
-    """Pipelines, each with all its splits and sets of recomputed modules, that the search had left open."""
+    """Pipelines, each with all its splits and sets of recomputed modules, that take less than the best with perfect balance."""
     opened: int
     """Stage problems that closed forms of their splits left open, and dynamic programmes; the most promising first."""
     programmes: int
@@ -84,6 +85,7 @@ def refine(
     problem: Problem,
     best: Candidate | None,
     *,
+    found: Search | None = None,
     gap: float = 0.0,
     deadline_s: float = np.inf,
     jobs: int = 1,
@@ -91,21 +93,24 @@ def refine(
 ) -> Refinement:
     """The best layout under any split, starting from the best that a search found, if any.
 
-    `gap`: share of the step time that need not be proven of splits that are not level; 1: nothing. `deadline_s`:
-    `time.perf_counter()` at which to stop. `jobs`: processes for the programmes.
+    `found`: that search, to spare some of its work. `gap`: share of the step time that need not be proven of splits that are
+    not level; 1: nothing. `deadline_s`: `time.perf_counter()` at which to stop. `jobs`: processes for the programmes.
     """
-    return _Refining(problem, best or Candidate(Layout(), np.inf, np.inf), deadline_s, progress).run(gap, jobs)
+    return _Refining(problem, best or Candidate(Layout(), np.inf, np.inf), deadline_s, progress).run(found, gap, jobs)
 
 
 def resplit(problem: Problem, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Each layout with the best split found of its own layers, recompute as it is."""
     out = list(candidates)
-    for i, candidate in enumerate(candidates):
-        if candidate.layout.pp > 1 and "|" not in candidate.layout.recompute_layers:
-            state = _Refining(problem, candidate, np.inf, None)
-            rows = Layouts.of([candidate.layout])
-            state.open(_Open(rows, Reach.of(problem, rows)))
-            out[i] = state.best
+    places = [i for i, c in enumerate(candidates) if c.layout.pp > 1 and "|" not in c.layout.recompute_layers]
+    if not places:
+        return out
+    rows = Layouts.of([candidates[i].layout for i in places])
+    rest, every = least_rest(problem, rows), list(groups(problem, rows))
+    for row, i in enumerate(places):
+        state = _Refining(problem, candidates[i], np.inf, None)
+        state.solve(rows, [group.take(group.rows == row) for group in every if row in group.rows], rest)
+        out[i] = state.best
     return out
 
 
@@ -165,12 +170,16 @@ class _Refining:
         """What splits of one chunk a rank left open, with bounds."""
         self.remarks: dict[str, None] = {}
 
-    def run(self, gap: float, jobs: int) -> Refinement:
+    def run(self, found: Search | None, gap: float, jobs: int) -> Refinement:
         """All layouts."""
         # 1. layouts that could be faster under another split
-        rows = open_rows(self.problem, self.best.step_s)
-        considered = len(rows)
+        if found is not None and found.opened and self.best.step_s <= found.bound_s:
+            rows = Layouts.joined([rows.take(rows.pp > 1) for rows, _ in found.opened])
+        else:
+            rows = open_rows(self.problem, self.best.step_s)
+        rows = once_each(rows)
         reach = Reach.of(self.problem, _without_recompute(rows), FULL)
+        considered = int((reach.least_s < self.best.step_s).sum())
         every = _Open(rows, reach).below(self.best.step_s)
         # 2. their stage problems
         unseen = [self._through(self._sets(every)), self._through(self._counts(every))]
@@ -188,7 +197,7 @@ class _Refining:
         rows, source = with_recompute(self.problem, every.rows)
         if any(rows.recompute_counts):  # pinned
             return dataclasses.replace(every.take(source), rows=rows)
-        return _Open(rows, Reach.of(self.problem, rows)).below(self.best.step_s)
+        return _Open(rows, every.reach.recomputing(rows, source)).below(self.best.step_s)
 
     def _counts(self, every: _Open) -> _Open:
         """Layouts whose chunks recompute whole layers, in each number of them that could be faster."""
@@ -200,7 +209,7 @@ class _Refining:
         whole = rows.take(source).with_columns(recompute=np.full(len(source), FULL))
         counted = whole.with_columns(recompute_counts=texts, recompute_count=reach.columns["lean_layers"].astype(np.int64))
         # whether chunks have so many layers is seen when a split is priced
-        accepted = accepted_recompute(self.problem, whole) & self.problem.allows(counted, ("recompute_layers",))
+        accepted = Levels(self.problem).accepts_recompute(whole) & self.problem.allows(counted, ("recompute_layers",))
         return _Open(counted, reach, counted=True).take(accepted).below(self.best.step_s)
 
     def _through(self, some: _Open) -> float:
@@ -222,9 +231,15 @@ class _Refining:
 
     def open(self, some: _Open) -> None:
         """Solve the stage problems of some layouts and price what comes out."""
-        rows, rest, level = some.rows, least_rest(self.problem, some.rows), list[_Level]()
-        of_plain = np.full(len(rows), np.inf)
-        for group in groups(self.problem, rows):
+        solved_s = self.solve(some.rows, groups(self.problem, some.rows), least_rest(self.problem, some.rows))
+        bound = np.maximum(some.reach.least_s, solved_s)
+        keep = bound < self.best.step_s
+        self.left.append((some.take(keep), bound[keep]))
+
+    def solve(self, rows: Layouts, forms: Iterable[Group], rest: Rest) -> Any:
+        """Solve stage problems in groups, and price what comes out; a bound on what is left of one chunk a rank, [n]."""
+        level, of_plain = list[_Level](), np.full(len(rows), np.inf)
+        for group in forms:
             if group.chunks_per_rank > 1 or group.again is not None:
                 level.append(_Level(group, rest))
                 of_plain[group.rows] = 0.0
@@ -232,9 +247,7 @@ class _Refining:
                 of_plain[group.rows] = np.minimum(of_plain[group.rows], self._plain(rows, group, rest))
         for one in sorted(level, key=lambda one: one.least_s):
             self._level(rows, one)
-        bound = np.maximum(some.reach.least_s, of_plain)
-        keep = bound < self.best.step_s
-        self.left.append((some.take(keep), bound[keep]))
+        return of_plain
 
     def _plain(self, rows: Layouts, group: Group, rest: Rest) -> Any:
         """Price the splits of a group of one chunk a rank that could be faster than the best; a bound on what is left, [n]."""

@@ -13,30 +13,28 @@ each stands for its variants in the counts, and the best variant of all enters t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layout, Layouts
-from moeplan.costmodels.memory import least_state_bytes
 from moeplan.costmodels.price import Pricing
-from moeplan.planner import relief, space
-from moeplan.planner.bounds import least_step_seconds
-from moeplan.planner.constraints import RULES, Level
+from moeplan.planner import relief
+from moeplan.planner.levels import MEMORY, SLOWER, Levels
 from moeplan.planner.problem import Problem
 
-MEMORY, SLOWER, COPY, EXCLUDED = "memory", "slower", "same-split", "excluded"
-"""Reasons for passing over a layout that are not rules of the framework; "memory": too large as it is, see `relief.py`."""
 OPEN_AT_ONCE = 192
 """Groups opened together: enough to keep numpy busy, few enough to stop soon after the best is found."""
-CLOSER_AT_ONCE = 2048
+CLOSER_AT_ONCE = 4096
 """Layouts looked at closely together."""
-EXACT_AT_ONCE = 64
+EXACT_AT_ONCE = 16
 """Layouts whose pipelines are run pass by pass together."""
 EASED_AT_ONCE = 1024
 """Variants of layouts that memory refused looked at together."""
+LONGEST = 4
+"""Times as many looked at together later on, when good plans are known and little is looked at in vain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,8 @@ class Search:
     """No plan beside the best can be faster than this: the k-th best step time or the limit; infinite if there is no other."""
     nearest_excess_bytes: float = np.inf
     """By how much the smallest layout that memory forbids misses the device."""
+    opened: list[tuple[Layouts, Any]] = field(default_factory=list, compare=False, repr=False)
+    """Layouts without recompute of the degrees that were looked at, and their closed forms."""
 
 
 def search(
@@ -81,30 +81,9 @@ def search(
     return _Search(problem, keep, progress, limit_s).run()
 
 
-def open_rows(problem: Problem, limit_s: float) -> Layouts:
-    """The pipelines that a bound leaves below `limit_s`, once each whatever their split, without recompute."""
-    state = _Search(problem, 1, None, limit_s)
-    groups = state.groups(1)
-    groups = groups.take(least_step_seconds(problem, groups, state.batches["micro_batch"]) < limit_s)
-    rows = state.spread(groups.take(groups.pp > 1), 1, 1)
-    keys = [getattr(rows, name) for name in (*_FIELDS["degrees"][:7], "vpp", "micro_batch", *_FIELDS["features"], "schedule")]
-    _, first = np.unique(np.stack(keys), axis=1, return_index=True)
-    return rows.take(np.sort(first))
-
-
-def with_recompute(problem: Problem, rows: Layouts) -> tuple[Layouts, Any]:
-    """Each layout with every set of recomputed modules that the framework accepts, and its place among `rows`."""
-    sets = space.recompute_sets(problem)
-    spread = space.with_shared_overlap(problem, space.cross(rows, {"recompute": sets}))
-    accepted = accepted_recompute(problem, spread)
-    return spread.take(accepted), np.repeat(np.arange(len(rows)), len(sets))[accepted]
-
-
-def accepted_recompute(problem: Problem, rows: Layouts) -> Any:
-    """Whether conditions and the framework accept what layouts recompute, [n]."""
-    accepted = np.ones(len(rows), np.bool_)
-    _Search(problem, 1, None, np.inf)._settle(rows, "recompute", accepted)
-    return accepted
+def search_again(problem: Problem, keep: int, known: Search) -> list[Candidate]:
+    """The `keep` best of the layouts below `known.bound_s`, `known` a search of the problem with more memory."""
+    return _Search(problem, keep, None, known.bound_s).run_again(known)
 
 
 class _Search:
@@ -114,37 +93,46 @@ class _Search:
         self.problem, self.keep, self.progress, self.limit_s = problem, keep, progress, limit_s
         self.found = Search()
         self.by_identity: dict[tuple[int, ...], Candidate] = {}
-        self.chunks = space.chunk_options(problem)
-        self.batches = space.batch_options(problem)
-        self.features = space.feature_options(problem)
-        self.sets: Any = np.asarray(space.recompute_sets(problem), np.int64)
+        self.levels = Levels(problem, self._reject)
+        self.sets = self.levels.sets
         self.room, self.counts = relief.Room(problem, relief.offload_shares(problem)), relief.counts_layers(problem)
         self.tight: list[tuple[Layouts, Any, Any]] = []
         self.some: list[relief.Partly] = []
 
     def run(self) -> Search:
-        found, problem = self.found, self.problem
-        per_batch = len(self.sets) * len(next(iter(self.features.values())))
-        per_chunk = per_batch * len(self.batches["micro_batch"])
-        per_group = per_chunk * len(self.chunks["vpp"])
+        found = self.found
         # 1. degrees that the framework accepts and whose parameters alone fit
-        groups = self.groups(per_group)
+        groups, large, degrees = self.levels.groups()
+        found.considered = degrees * self.levels.per_group
         # 2. open groups in the order of their bounds
-        bound = least_step_seconds(problem, groups, self.batches["micro_batch"])
+        bound = self.levels.bounds(groups)
         order = np.argsort(bound, kind="stable")
         groups, bound = groups.take(order), bound[order]
         start = 0
         for part in self._promising(bound, OPEN_AT_ONCE):
-            self._open(groups.take(part), per_chunk, per_batch)
+            self._open(groups.take(part))
             start = part.stop
             if self.progress is not None:
                 self.progress(start, len(groups))
-        self._reject(SLOWER, (len(groups) - start) * per_group)
+        self._reject(SLOWER, (len(groups) - start) * self.levels.per_group)
         # 3. what memory refused
-        self._relieve()
-        found.best = sorted(self.by_identity.values(), key=lambda c: c.step_s)[: self.keep]
+        self._relieve(large, alone=not len(groups))
+        found.best = self._best()
         found.bound_s = min(self._limit(), float(bound[start]) if start < len(groups) else np.inf)
         return found
+
+    def run_again(self, known: Search) -> list[Candidate]:
+        """The best of the layouts that another search opened."""
+        groups, large, _ = self.levels.groups()
+        if known.opened:
+            rows, bound = zip(*known.opened, strict=True)
+            self._look_closer(Layouts.joined(rows), np.concatenate(bound))
+        self._relieve(large, alone=not len(groups))
+        return self._best()
+
+    def _best(self) -> list[Candidate]:
+        """The best distinct plans, fastest first."""
+        return sorted(self.by_identity.values(), key=lambda c: c.step_s)[: self.keep]
 
     def _limit(self) -> float:
         """Step time that a layout must beat to enter the result."""
@@ -152,57 +140,35 @@ class _Search:
         return min(self.limit_s, times[self.keep - 1] if len(times) >= self.keep else np.inf)
 
     def _promising(self, bound: Any, at_once: int) -> Iterator[slice]:
-        """Parts of what is sorted by `bound`, while that beats the k-th best plan."""
-        start = 0
+        """Parts of what is sorted by `bound`, ever longer ones, while that beats the k-th best plan."""
+        start, most = 0, LONGEST * at_once
         while start < len(bound) and bound[start] < self._limit():
             stop = min(start + at_once, int(np.searchsorted(bound, self._limit())))
             yield slice(start, stop)
-            start = stop
+            start, at_once = stop, min(2 * at_once, most)
 
-    def _open(self, groups: Layouts, per_chunk: int, per_batch: int) -> None:
+    def _open(self, groups: Layouts) -> None:
         """Look at every layout of the given degrees."""
         # 1. features, priced without recompute: a bound on every set of recomputed modules
-        rows, bound = self._by_time(self.spread(groups, per_chunk, per_batch))
-        # 2. a closer look in that order
-        start = 0
-        for part in self._promising(bound, CLOSER_AT_ONCE):
-            self._look(rows.take(part), bound[part])
+        rows = self.levels.spread(groups, self._limit())
+        bound = self._pricing(rows).step_seconds()
+        self.found.opened.append((rows, bound))
+        # 2. a closer look
+        self._look_closer(rows, bound)
+
+    def _look_closer(self, rows: Layouts, bound: Any) -> None:
+        """Look at rows in the order of their prices without recompute."""
+        order, start = np.argsort(bound, kind="stable"), 0
+        for part in self._promising(bound[order], CLOSER_AT_ONCE):
+            self._look(rows.take(order[part]), bound[order[part]])
             start = part.stop
         self._reject(SLOWER, (len(rows) - start) * len(self.sets))
 
-    def _by_time(self, rows: Layouts) -> tuple[Layouts, Any]:
-        """Rows in the order of their closed forms, and these."""
-        bound = self._pricing(rows).step_seconds()
-        order = np.argsort(bound, kind="stable")
-        return rows.take(order), bound[order]
-
-    def spread(self, groups: Layouts, per_chunk: int, per_batch: int) -> Layouts:
-        """Every layout of the given degrees that the framework accepts, without recompute."""
-        # 1. virtual stages and splits, then micro-batches
-        rows = space.cross(groups, self.chunks)
-        rows = self._drop(rows, rows.pp * rows.vpp <= len(self.problem.model.layers) + 2, "pipeline-chunks", per_chunk)
-        before = len(rows)
-        rows = space.with_balanced_splits(self.problem, rows)
-        self._reject(COPY, (before - len(rows)) * per_chunk)
-        rows = self._accepted(rows, "chunks", per_chunk)
-        rows = self._accepted(space.cross(rows, self.batches), "batch", per_batch)
-        # 2. features
-        rows = space.with_shared_overlap(self.problem, space.cross(rows, self.features))
-        return self._accepted(rows, "features", len(self.sets))
-
-    def groups(self, per_group: int) -> Layouts:
-        """Degrees that the framework accepts and whose parameters alone fit."""
-        groups = space.degree_grid(self.problem)
-        self.found.considered = len(groups) * per_group
-        groups = self._accepted(groups, "degrees", per_group)
-        return self._by_parameters(groups, per_group)
-
     def _look(self, rows: Layouts, bound: Any) -> None:
         """Memory under every set of recomputed modules, then the price of the minimal sets that fit."""
-        spread = self._with_sets(rows)
+        spread = self.levels.with_sets(rows)
         source = np.repeat(np.arange(len(rows)), len(self.sets))
-        accepted = np.ones(len(spread), np.bool_)
-        self._settle(spread, "recompute", accepted)
+        accepted = self.levels.accepts_recompute(spread)
         spread, source = spread.take(accepted), source[accepted]
         pricing = self._pricing(spread)
         peak = pricing.peak_bytes()
@@ -247,16 +213,19 @@ class _Search:
             start = part.stop
         self._reject(SLOWER, len(order) - start)
 
-    def _relieve(self) -> None:
-        """Look again at what memory refused: layouts, then degrees whose parameters alone need part of the optimizer moved."""
+    def _relieve(self, large: Layouts, alone: bool) -> None:
+        """Look again at what memory refused: layouts, then degrees whose parameters alone need part of the optimizer moved.
+
+        `alone`: there are no other degrees.
+        """
         self._ease()
         counted, self.found = self.found, Search()
-        groups = self._with_least_states(self.large)
-        bound = least_step_seconds(self.problem, groups, self.batches["micro_batch"])
+        groups = self._with_least_states(large, alone)
+        bound = self.levels.bounds(groups)
         order = np.argsort(bound, kind="stable")
         groups = groups.take(order)
         for part in self._promising(bound[order], OPEN_AT_ONCE):
-            self._open(groups.take(part), 1, 1)
+            self._open(groups.take(part))
             self._ease()
         self._count_variants(counted)
 
@@ -266,13 +235,14 @@ class _Search:
         counted.nearest_excess_bytes = min(counted.nearest_excess_bytes, self.found.nearest_excess_bytes)
         self.found = counted
 
-    def _with_least_states(self, groups: Layouts) -> Layouts:
+    def _with_least_states(self, groups: Layouts, alone: bool) -> Layouts:
         """Degrees that may fit with a share of the optimizer offloaded, with the least for which they may."""
         shares = self.room.shares
         first, last = (
-            self._state_excess(groups.with_columns(optimizer_offload=np.full(len(groups), s))) for s in shares[[0, -1]]
+            self.levels.state_excess_bytes(groups.with_columns(optimizer_offload=np.full(len(groups), s)))
+            for s in shares[[0, -1]]
         )
-        if 0 < len(groups) == self.degrees and (last > 0).all():
+        if alone and len(groups) and (last > 0).all():
             self.found.nearest_excess_bytes = float(last.min())
         # States shrink in proportion to the share.
         least = shares[0] + (shares[-1] - shares[0]) * first / np.maximum(first - last, 1.0)
@@ -299,15 +269,10 @@ class _Search:
     def _fit(self, rows: Layouts) -> None:
         """Price rows with the least share of the optimizer offloaded that makes them fit."""
         rows, peak = self.room.with_least_share(rows)
-        kept, excess = np.ones(len(rows), np.bool_), self.problem.excess_bytes(peak)
-        self._settle(rows, "recompute", kept, 0)
+        kept, excess = self.levels.accepts_recompute(rows, 0), self.problem.excess_bytes(peak)
         self._nearest(excess[kept])
         kept &= excess <= 0
         self._price(rows.take(kept), peak[kept])
-
-    def _with_sets(self, rows: Layouts) -> Layouts:
-        """Each row with every set of recomputed modules, [n * sets]."""
-        return space.with_shared_overlap(self.problem, space.cross(rows, {"recompute": self.sets.tolist()}))
 
     def _nearest(self, excess: Any) -> None:
         """Note by how much what does not fit misses the device."""
@@ -341,37 +306,6 @@ class _Search:
         minimal: Any = smaller[source, places] == 0
         return minimal
 
-    def _accepted(self, rows: Layouts, level: Level, weight: int) -> Layouts:
-        """Rows that conditions and rules of the level let pass; each stands for `weight` layouts."""
-        kept = np.ones(len(rows), np.bool_)
-        self._settle(rows, level, kept, weight)
-        return rows if kept.all() else rows.take(kept)
-
-    def _settle(self, rows: Layouts, level: Level, kept: Any, weight: int = 1) -> None:
-        """Clear `kept` where a condition or rule of the level forbids a row, and count the first reason met."""
-        allowed = self.problem.allows(rows, _FIELDS[level])
-        self._reject(EXCLUDED, int((kept & ~allowed).sum()) * weight)
-        kept &= allowed
-        for rule in RULES:
-            if rule.level == level:
-                broken = kept & rule.broken(self.problem, rows)
-                self._reject(rule.name, int(broken.sum()) * weight)
-                kept &= ~broken
-
-    def _by_parameters(self, groups: Layouts, weight: int) -> Layouts:
-        excess = self._state_excess(groups)
-        self.large, self.degrees = groups.take(excess > 0), len(groups)
-        return self._drop(groups, excess <= 0, MEMORY, weight)
-
-    def _state_excess(self, groups: Layouts) -> Any:
-        problem = self.problem
-        least = least_state_bytes(problem.model, problem.profile.cluster.device, problem.workload, groups)
-        return problem.excess_bytes(least)
-
-    def _drop(self, rows: Layouts, kept: Any, reason: str, weight: int) -> Layouts:
-        self._reject(reason, int(len(rows) - kept.sum()) * weight)
-        return rows.take(kept)
-
     def _reject(self, reason: str, count: int) -> None:
         if count:
             self.found.rejected[reason] += count
@@ -385,16 +319,3 @@ def _widened(masks: Any) -> Any:
     full, moe, act, shared = (1 << RECOMPUTE_MODULES.index(n) for n in ("full", "moe", "moe_act", "shared_experts"))
     wide = np.where(masks & moe > 0, masks | act, masks)
     return np.where(masks & full > 0, ((full << 1) - 1) & ~shared, wide)
-
-
-_FIELDS: Mapping[Level, tuple[str, ...]] = {
-    "degrees": (
-        "tp", "cp", "pp", "dp", "ep", "etp", "edp",
-        "sharding", "sequence_parallel", "dp_overlap", "cuda_graphs", "optimizer_offload",
-    ),
-    "chunks": ("vpp",),
-    "batch": ("micro_batch",),
-    "features": ("dispatcher", "ep_overlap", "shared_overlap", "tp_overlap"),
-    "recompute": ("recompute", "recompute_layers"),
-}  # fmt: skip
-"""Fields that are settled at each level."""

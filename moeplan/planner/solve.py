@@ -94,7 +94,7 @@ def solve(
         found = search(problem, keep, progress)
         if splits is not None and (split := _split(problem, found, splits, started, progress)).plans:
             return split
-        best = [*found.best, *safer(problem, found.best, progress)]
+        best = [*found.best, *safer(problem, found.best, progress, known=found)]
         solution = _solution([(problem, c) for c in best], found, started)
         if solution.plans:
             return solution
@@ -115,9 +115,8 @@ def _split(problem: Problem, found: Search, splits: Splits, started: float, prog
 
     deadline_s = started + splits.time_limit_s
     plain = resplit(problem, found.best)
-    proof = refine(
-        problem, plain[0] if plain else None, gap=splits.gap, deadline_s=deadline_s, jobs=splits.jobs, progress=progress
-    )
+    first = plain[0] if plain else None
+    proof = refine(problem, first, found=found, gap=splits.gap, deadline_s=deadline_s, jobs=splits.jobs, progress=progress)
     better = [proof.best] if proof.best.step_s < np.inf else []
     others = [c for c in plain if c.identity != proof.best.identity]
     best = sorted([*better, *others], key=lambda c: c.step_s)[: max(1, len(found.best))]
@@ -128,7 +127,7 @@ def _split(problem: Problem, found: Search, splits: Splits, started: float, prog
         "opened": proof.opened,
         "programmes": proof.programmes,
     }
-    best = [*best, *safer(problem, best)]
+    best = [*best, *safer(problem, best, progress, known=found)]
     return _solution([(problem, c) for c in best], found, started, proof.remarks, **more)
 
 

@@ -63,14 +63,18 @@ class Reach:
     @classmethod
     def of(cls, problem: Problem, rows: Layouts, leanest: int = 0) -> Reach:
         """Layouts, of which those without recompute stand for all sets of modules where `leanest` says which leaves least."""
-        whole = Pricing(problem.model, problem.profile, problem.workload, rows).whole_micro_batch_s()
         columns = {
             "batches": micro_batches(problem.workload, rows),
-            "whole": whole,
+            "whole": _whole_s(problem, rows),
             "rest_s": least_rest_s(problem, rows),
             "lean_layers": np.full(len(rows), EVERY),
         }
         return cls(problem, rows, leanest, columns)
+
+    def recomputing(self, rows: Layouts, source: Any) -> Reach:
+        """Layouts that differ from these at the places `source` by what they recompute."""
+        columns = {name: self.columns[name][source] for name in ("batches", "rest_s", "lean_layers")}
+        return Reach(self.problem, rows, 0, columns | {"whole": _whole_s(self.problem, rows)})
 
     @property
     def least_s(self) -> Any:
@@ -150,6 +154,11 @@ class Reach:
                 holds[here] = _Pipeline(self.problem, pp, vpp, mine, self.level).holds()
         out[out] = holds
         return out
+
+
+def _whole_s(problem: Problem, rows: Layouts) -> Any:
+    """Seconds of one micro-batch in all stages together, [n]."""
+    return Pricing(problem.model, problem.profile, problem.workload, rows).whole_micro_batch_s()
 
 
 class _Pipeline:

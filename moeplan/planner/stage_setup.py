@@ -8,6 +8,7 @@ split has it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ from moeplan.costmodels.recompute import parse_counts
 from moeplan.costmodels.stages import chunk_units, format_split, split_letters
 from moeplan.costmodels.step import send_times, sends_exposed_s
 from moeplan.errors import ProblemError
-from moeplan.planner.bounds import LONG_S, Once, once
+from moeplan.planner.bounds import LONG_S, ONCE_FIELDS, Once, once
 from moeplan.planner.problem import Problem
 from moeplan.planner.stage_problem import Moment, StageProblem, chunk_sizes
 
+REST_FIELDS = (*ONCE_FIELDS, "vpp", "micro_batch", "sequence_parallel")
+"""What a step takes beside its passes depends on."""
 _MOVES = ("activations", "logits and loss", "working set", "optimizer step")
 """Parts of the peak that do not only depend on what parameters a rank holds."""
 
@@ -77,6 +80,18 @@ class Group:
     most: tuple[int, ...]
     again: int | None = None
     """Layers of each chunk that recompute, see `StageProblem`; None: all alike."""
+
+    def take(self, keep: Any) -> Group:
+        """Those of some layouts."""
+        columns = (
+            "forward_s", "backward_s", "state_bytes", "saved_bytes", "fixed_forward_s", "fixed_backward_s",
+        )  # fmt: skip
+        return dataclasses.replace(
+            self,
+            rows=self.rows[keep],
+            moments=[(held, base[:, keep]) for held, base in self.moments],
+            **{name: getattr(self, name)[:, keep] for name in columns},
+        )
 
     def one(self, i: int) -> StageProblem:
         """The stage problem at one place of the arrays."""
@@ -132,7 +147,8 @@ def least_rest(problem: Problem, rows: Layouts) -> Rest:
 
 def least_rest_s(problem: Problem, rows: Layouts) -> Any:
     """Seconds of a step beside its passes that no split avoids, [n]."""
-    return least_rest(problem, rows).seconds(slice(None))
+    keys, of_row = rows.distinct(*REST_FIELDS)
+    return least_rest(problem, keys).seconds(slice(None))[of_row]
 
 
 def forms(problem: Problem, rows: Layouts) -> Iterator[Form]:

@@ -16,11 +16,12 @@ from moeplan.costmodels.price import Pricing
 from moeplan.costmodels.stages import balanced_split
 from moeplan.planner.constraints import violations
 from moeplan.planner.level_splits import LevelSplits, level_sizes
+from moeplan.planner.levels import once_each, open_rows, with_recompute
 from moeplan.planner.plan import price_plan
 from moeplan.planner.problem import parse_condition
 from moeplan.planner.refine import refine, resplit
 from moeplan.planner.relief import FULL
-from moeplan.planner.search import Candidate, open_rows, search, with_recompute
+from moeplan.planner.search import Candidate, search
 from moeplan.planner.solve import Splits, solve
 from moeplan.planner.stage_bounds import Reach
 from moeplan.planner.stage_problem import StageProblem
@@ -47,7 +48,7 @@ def test_the_best_split_is_that_of_pricing_all_of_them() -> None:
     problem = dataclasses.replace(problem, model=problem.model.cut(10), pins=tuple(map(parse_condition, pins)))
     found = search(problem, 1)
     proof = refine(problem, found.best[0])
-    rows, _ = with_recompute(problem, open_rows(problem, np.inf))
+    rows, _ = with_recompute(problem, once_each(open_rows(problem, np.inf)))
     assert len(rows) > 30
     form = next(forms(problem, rows.take([0])))
     texts = tuple(split_text(problem, sizes, False) for sizes in every_split(form.stages))

@@ -37,8 +37,10 @@ def cliff(problem: Problem, layout: Layout) -> bool:
 @pytest.mark.parametrize(("model", "memory_gib"), [(tiny.MIXED, 5.0), (tiny.MIXED, 6.2)])
 def test_no_safe_layout_is_faster(model: Model, memory_gib: float) -> None:
     problem = small_devices(model, memory_gib)
-    best = search(problem, 3).best
+    known = search(problem, 3)
+    best = known.best
     (found,) = safer(problem, best)
+    assert safer(problem, best, known=known) == [found]
     assert cliff(problem, best[0].layout) and not cliff(problem, found.layout)
     assert found.identity == best[0].identity and best[0].step_s < found.step_s < 1.01 * best[0].step_s
     prices = Prices(problem)

@@ -11,9 +11,10 @@ from moeplan.costmodels.model_catalog import load_model
 from moeplan.planner import relief, space
 from moeplan.planner import search as module
 from moeplan.planner.constraints import RULES, violations
+from moeplan.planner.levels import COPY, EXCLUDED, MEMORY, SLOWER
 from moeplan.planner.plan import price_plan
 from moeplan.planner.problem import Problem, parse_condition
-from moeplan.planner.search import COPY, EXCLUDED, MEMORY, SLOWER, Search, search
+from moeplan.planner.search import Search, search
 from moeplan.profiles.hardware import load_cluster
 from moeplan.profiles.nominal import nominal
 from tests.planner import tiny

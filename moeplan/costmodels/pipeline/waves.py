@@ -47,11 +47,12 @@ class _Run:
     """State of the waves: when each rank is free, and the last ends of forward and backward passes."""
 
     def __init__(self, forward: Floats, backward: Floats, batches: int) -> None:
-        self.forward, self.backward = forward, backward
         self.p, self.v, n = forward.shape
         self.passes = batches * self.v
-        self.chunk = np.arange(self.passes) // self.p % self.v
-        self.ranks = np.arange(self.p)
+        # Seconds of pass (start - rank) or (start + rank) on every rank, for each start; that of others differs by full cycles.
+        cycle, ranks = np.arange(self.p * self.v)[:, None], np.arange(self.p)
+        self.forward = forward[ranks, (cycle - ranks) // self.p % self.v]
+        self.backward = backward[ranks, self.v - 1 - (cycle + ranks) // self.p % self.v]
         self.free = np.zeros((self.p, n))
         # Ends by rank, with a place before the first rank and one behind the last for what these wait for.
         self.there, self.back = np.zeros((self.p + 1, n)), np.zeros((self.p + 1, n))
@@ -89,31 +90,30 @@ class _Run:
         """Forward passes (start - rank) of these ranks, in half steps where every other rank has one."""
         if not len(ranks):
             return
-        r = slice(ranks.start, ranks.stop, ranks.step)
-        k = (start - self.ranks[r]) // ranks.step
-        chunk = self.chunk[k]
+        p, r = self.p, slice(ranks.start, ranks.stop, ranks.step)
         if ranks.start == 0:
-            self.there[0] = self.last_there[k[0] - self.p] if chunk[0] else 0.0
-        done = np.maximum(self.free[r], self.there[r]) + self.forward[self.ranks[r], chunk]
+            first = start // ranks.step
+            self.there[0] = self.last_there[first - p] if first // p % self.v else 0.0
+        done = np.maximum(self.free[r], self.there[r])
+        done += self.forward[start % len(self.forward), r]
         self.free[r] = self.there[ranks.start + 1 : ranks.stop + 1 : ranks.step] = done
-        if ranks[-1] == self.p - 1:
-            self.last_there[k[-1]] = done[-1]
+        if ranks[-1] == p - 1:
+            self.last_there[(start - p + 1) // ranks.step] = done[-1]
 
     def _backward(self, ranks: range, start: int) -> None:
         """Backward passes (start + rank) of these ranks, in half steps where every other rank has one."""
         if not len(ranks):
             return
-        r = slice(ranks.start, ranks.stop, ranks.step)
-        k = (start + self.ranks[r]) // ranks.step
-        chunk = self.chunk[k]
-        if ranks[-1] == self.p - 1:
-            loss = self.last_there[k[-1] + (self.v - 1) * self.p] if chunk[-1] == 0 else self.first_back[k[-1] - self.p]
-            self.back[self.p] = loss
+        p, r = self.p, slice(ranks.start, ranks.stop, ranks.step)
+        if ranks[-1] == p - 1:
+            last = (start + p - 1) // ranks.step
+            seen = last // p % self.v
+            self.back[p] = self.first_back[last - p] if seen else self.last_there[last + (self.v - 1) * p]
         done = np.maximum(self.free[r], self.back[ranks.start + 1 : ranks.stop + 1 : ranks.step])
-        done = done + self.backward[self.ranks[r], self.v - 1 - chunk]
+        done += self.backward[start % len(self.backward), r]
         self.free[r] = self.back[r] = done
         if ranks.start == 0:
-            self.first_back[k[0]] = done[0]
+            self.first_back[start // ranks.step] = done[0]
 
     def _state(self) -> Floats:
         return np.concatenate([self.free, self.there[1:], self.back[:-1]])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplan.costmodels.bubble import exact_span_s, least_span_s
+from moeplan.costmodels.bubble import exact_span_s, least_span_s, pass_seconds
 from moeplan.costmodels.pipeline import waves
 from moeplan.costmodels.pipeline.interleaved import Interleaved
 from moeplan.costmodels.pipeline.one_f_one_b import OneForwardOneBackward
@@ -97,7 +97,7 @@ def test_the_closed_form_is_never_above_the_passes(pp, vpp, text, seconds, group
     units = [np.array([s]) for s in seconds]
     split = (TINY_LATENT, pp, vpp, text)
     least = least_span_s(filling(*split), units, batches)
-    exact = exact_span_s(chunk_units(*split), [u / 3 for u in units], [2 * u / 3 for u in units], batches)
+    exact = exact_span_s(*(pass_seconds(chunk_units(*split), [u * share for u in units]) for share in (1 / 3, 2 / 3)), batches)
     assert (least <= exact * (1 + 1e-12)).all()
 
 
@@ -106,11 +106,12 @@ def test_the_closed_form_is_never_above_the_passes(pp, vpp, text, seconds, group
 def test_the_closed_form_is_the_time_of_equal_chunks(pp, vpp, groups):
     batches, units = np.array([float(pp * groups)]), [np.array([0.9]), np.array([0.0])]  # layers, a head that takes no time
     split = (TINY_DENSE, pp, vpp, "")
-    exact = exact_span_s(chunk_units(*split), [u / 3 for u in units], [2 * u / 3 for u in units], batches)
+    exact = exact_span_s(*(pass_seconds(chunk_units(*split), [u * share for u in units]) for share in (1 / 3, 2 / 3)), batches)
     assert least_span_s(filling(*split), units, batches) == pytest.approx(exact, rel=1e-12)
 
 
 def test_no_order_is_known_for_groups_that_are_not_full():
     units = [np.ones(3)] * 4
     batches = np.array([4.0, 5.0, 4.5])
-    assert exact_span_s(chunk_units(TINY_LATENT, 2, 2, ""), units, units, batches)[1:].tolist() == [0.0, 0.0]
+    passes = pass_seconds(chunk_units(TINY_LATENT, 2, 2, ""), units)
+    assert exact_span_s(passes, passes, batches)[1:].tolist() == [0.0, 0.0]
