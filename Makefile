@@ -45,6 +45,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN)/python -m benchmarks.speed.pricing
+	$(RUN)/python -m benchmarks.speed.solving
 	$(RUN)/python -m benchmarks.speed.schedules
 	$(RUN)/python -m benchmarks.speed.simulation
 	$(RUN)/python -m benchmarks.speed.commands
