@@ -28,7 +28,7 @@ MAY_IMPORT = {
 # Libraries with one home each; numpy and yaml may be anywhere below the command line's entrance.
 HOMES = {"click": "cli/", "rich": "cli/", "torch": "profiles/ runtime/"}
 HOMES |= {"pulp": "planner/partition.py planner/elastic/choice_milp.py"}
-HOMES |= {"distributed": "planner/sweep_dask.py", "pyarrow": "cli/sweep_files.py"}  # extras, loaded when asked for
+HOMES |= {"distributed": "planner/sweeps/dask_engine.py", "pyarrow": "cli/sweep_files.py"}  # extras, loaded when asked for
 ALLOWED = {"numpy", "yaml", *HOMES}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,8 +1,8 @@
 """Everything that a problem leaves open, by plain loops: layouts, what they recompute, splits of their layers.
 
-Nothing here comes from the search but what level splits are (`planner/level_splits.py`): degrees are all factors that multiply
-to the number of GPUs, recompute sets all subsets of what the model has, splits all ways to place the layers. Rules of the
-framework are left to whoever prices them.
+Nothing here comes from the search but what level splits are (`planner/stages/level_splits.py`): degrees are all factors that
+multiply to the number of GPUs, recompute sets all subsets of what the model has, splits all ways to place the layers. Rules
+of the framework are left to whoever prices them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from moeplan.costmodels.layout import RECOMPUTE_MODULES, Layout, mask_of
 from moeplan.costmodels.model import LatentAttention, Mlp, Model, Moe
 from moeplan.costmodels.stages import balanced_split, chunk_letters, format_split, split_letters
-from moeplan.planner.level_splits import level_splits
 from moeplan.planner.problem import Problem
-from moeplan.planner.stage_problem import chunk_sizes
+from moeplan.planner.stages.level_splits import level_splits
+from moeplan.planner.stages.problem import chunk_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from moeplan.costmodels.moe.schedules import find_schedule
 from moeplan.costmodels.moe.two_stream import two_streams
 from moeplan.costmodels.simulate import simulate
 from moeplan.costmodels.tasks import parse_graph
-from moeplan.planner.layer_study import DEGREES, Question, best
+from moeplan.planner.layers.study import DEGREES, Question, best
 
 ATTENTION_S = 1e-3
 """What attention takes beside its GEMMs."""

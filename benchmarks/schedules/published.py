@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.costmodels.moe.constants import Constants, load_constants
-from moeplan.planner.layer_study import Layer
+from moeplan.planner.layers.study import Layer
 from moeplan.units import MS
 
 HERE = Path(__file__).parent

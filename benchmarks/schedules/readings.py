@@ -18,7 +18,7 @@ from moeplan.costmodels.moe.base import AlphaBeta, Lines, MoeSize
 from moeplan.costmodels.moe.choice import best_degree
 from moeplan.costmodels.moe.gradients import BackwardLayer, Slot, exposed_s, greedy, partition
 from moeplan.costmodels.moe.schedules import find_schedule
-from moeplan.planner.layer_study import Layer, Question, study
+from moeplan.planner.layers.study import Layer, Question, study
 from moeplan.units import MS
 
 FP32 = 4

@@ -51,7 +51,7 @@ def calibrate(profile_file: Path | None, cluster_ref: str | None, runs: Path, ou
             raise UsageError(f"-o {output} is the run table itself, which would be lost", hint="choose another file")
     from moeplan.planner.calibration import calibrate as calibrated
     from moeplan.planner.estimate import read_table
-    from moeplan.planner.layer_runs import is_layer_table
+    from moeplan.planner.layers.runs import is_layer_table
     from moeplan.records import sha256_of
 
     profile = load_machine(cluster_ref, profile_file)
@@ -82,7 +82,7 @@ def calibrate(profile_file: Path | None, cluster_ref: str | None, runs: Path, ou
 
 def _overlap(profile: Profile, runs: Path, output: Path | None, *, as_json: bool) -> int:
     """Correct the share of overlap that is lost by runs of MoE layers."""
-    from moeplan.planner.layer_runs import read_layer_runs
+    from moeplan.planner.layers.runs import read_layer_runs
     from moeplan.planner.overlap_calibration import calibrate_overlap
     from moeplan.records import plain, sha256_of
 

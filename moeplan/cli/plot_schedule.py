@@ -14,7 +14,7 @@ from moeplan.errors import FileError, UsageError
 from moeplan.units import MS
 
 if TYPE_CHECKING:
-    from moeplan.planner.layer_study import Priced, Question
+    from moeplan.planner.layers.study import Priced, Question
 
 FORMATS = (".png", ".svg")
 COLOURS = 10
@@ -48,7 +48,7 @@ def draw_curves(path: Path, name: str, values: Any, question: Question) -> None:
     """Forward and backward together of every schedule over one swept number."""
     import numpy as np
 
-    from moeplan.planner.layer_study import study
+    from moeplan.planner.layers.study import study
 
     figure, axes = _figure(5.0)
     for i, row in enumerate(study(question)):

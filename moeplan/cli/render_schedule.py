@@ -15,8 +15,8 @@ from moeplan.cli.render import console
 from moeplan.costmodels.moe.base import Direction
 from moeplan.costmodels.moe.constants import Constants
 from moeplan.costmodels.moe_choice import IDEAL
-from moeplan.planner.layer_crossover import LAYOUTS, RANGES, Terms, crossovers, order, serial, terms
-from moeplan.planner.layer_study import Compared, Priced, Question, shares
+from moeplan.planner.layers.crossover import LAYOUTS, RANGES, Terms, crossovers, order, serial, terms
+from moeplan.planner.layers.study import Compared, Priced, Question, shares
 from moeplan.units import format_bytes, format_seconds
 
 WORDS = {"inter": "inter-node", "intra": "intra-node", "compute": "experts"}

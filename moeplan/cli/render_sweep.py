@@ -18,10 +18,10 @@ from rich.text import Text
 from moeplan.cli.render import Progress
 from moeplan.planner.plan_data import read_layout
 from moeplan.planner.question import Question
-from moeplan.planner.sweep import Point, Sweep
-from moeplan.planner.sweep_answer import Answer
-from moeplan.planner.sweep_run import Stand, best_of
-from moeplan.planner.sweep_store import Row
+from moeplan.planner.sweeps.answer import Answer
+from moeplan.planner.sweeps.run import Stand, best_of
+from moeplan.planner.sweeps.store import Row
+from moeplan.planner.sweeps.sweep import Point, Sweep
 from moeplan.units import GIB, format_seconds
 
 WIDE = 112

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moeplan.cli.render import console
-from moeplan.planner.layer_comparison import ComparedRun, Comparison
-from moeplan.planner.layer_setup import LayerSetup
+from moeplan.planner.layers.comparison import ComparedRun, Comparison
+from moeplan.planner.layers.setup import LayerSetup
 from moeplan.records import plain
 from moeplan.runtime.verify import TOLERANCE, Checked
 from moeplan.units import format_seconds

@@ -15,8 +15,8 @@ from moeplan.errors import UsageError
 
 if TYPE_CHECKING:
     from moeplan.costmodels.moe.constants import Constants
-    from moeplan.planner.layer_question import Asked
-    from moeplan.planner.layer_study import Question
+    from moeplan.planner.layers.question import Asked
+    from moeplan.planner.layers.study import Question
     from moeplan.profiles.profile import Profile
 
 CHUNKS = Count(4096)
@@ -115,7 +115,7 @@ def schedule(
     if sweeps:
         return _sweep(_with_degrees(asked, options["degrees"]), constants, sweeps, output, plot, fitted=bool(errors))
     from moeplan.cli import render_schedule
-    from moeplan.planner.layer_study import compared
+    from moeplan.planner.layers.study import compared
 
     question = _dividing(asked, options["degrees"]).question(constants)
     found = compared(question, over)
@@ -156,7 +156,7 @@ def _asked(
 ) -> tuple[Asked, Constants, dict[str, float]]:
     """What is asked, on which constants, and the errors of their fit where there is one; `swept` names what varies."""
     from moeplan.costmodels.moe.constants import OPERATIONS, Constants, load_constants, parse_constant
-    from moeplan.planner.layer_question import NUMBERS, Asked
+    from moeplan.planner.layers.question import NUMBERS, Asked
 
     if constants_ref is not None and (cluster_ref is not None or profile_file is not None):
         other = "--cluster" if profile_file is None else "--profile"
@@ -188,7 +188,7 @@ def _asked(
 def _fitted(asked: Asked, profile: Profile, given: dict[str, Any]) -> tuple[Asked, Constants, dict[str, float]]:
     """Constants from a profile, with those that were typed in place of its own."""
     from moeplan.costmodels.moe.fitted import Experts, fit_constants
-    from moeplan.planner.layer_study import DEGREES
+    from moeplan.planner.layers.study import DEGREES
 
     layer = asked.layer()
     if not layer.experts:
@@ -288,8 +288,8 @@ def _sweep(
     asked: Asked, constants: Constants, sweeps: tuple[str, ...], output: Path | None, plot: Path | None, *, fitted: bool
 ) -> int:
     """The table of a sweep on stdout or in a file, and its picture."""
-    from moeplan.planner import layer_sweep
-    from moeplan.planner.layer_question import SWEPT
+    from moeplan.planner.layers import sweep as layer_sweep
+    from moeplan.planner.layers.question import SWEPT
     from moeplan.records import save_text
 
     axes = [layer_sweep.parse_axis(text, SWEPT) for text in sweeps]

@@ -15,8 +15,8 @@ from moeplan.cli.options import Count, check_writable, json_option, print_json, 
 from moeplan.errors import FileError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.planner.sweep import Sweep
-    from moeplan.planner.sweep_store import Row, Store
+    from moeplan.planner.sweeps.store import Row, Store
+    from moeplan.planner.sweeps.sweep import Sweep
 
 MANY = 10_000
 """Points from which on a sweep is confirmed with --yes."""
@@ -61,8 +61,8 @@ def sweep(
         raise UsageError("--jobs counts processes of this machine, --scheduler takes those of a cluster; give one of them")
     base = db or sweep_file.with_suffix(".sqlite")
     _check_outputs(sweep_file, base, {"table": csv, "Parquet table": parquet, "page": html})
-    from moeplan.planner.sweep import load_sweep
-    from moeplan.planner.sweep_store import Store
+    from moeplan.planner.sweeps.store import Store
+    from moeplan.planner.sweeps.sweep import load_sweep
 
     asked = load_sweep(sweep_file)
     if show and not base.exists():
@@ -101,7 +101,7 @@ def _check_outputs(sweep_file: Path, base: Path, outputs: dict[str, Path | None]
 def _work(asked: Sweep, store: Store, jobs: int | None, scheduler: str | None) -> None:
     """Solve what is left; the database is sound whenever this ends."""
     from moeplan.cli.render_sweep import SweepBar
-    from moeplan.planner.sweep_run import run
+    from moeplan.planner.sweeps.run import run
 
     before = store.counts()
     if before.done == before.total:
@@ -126,10 +126,10 @@ def _work(asked: Sweep, store: Store, jobs: int | None, scheduler: str | None) -
 
 def _engine(jobs: int | None, scheduler: str | None, points: int) -> Any:
     if scheduler is not None:
-        from moeplan.planner.sweep_dask import DaskEngine
+        from moeplan.planner.sweeps.dask_engine import DaskEngine
 
         return DaskEngine(scheduler)
-    from moeplan.planner.sweep_engine import LocalEngine
+    from moeplan.planner.sweeps.engine import LocalEngine
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return LocalEngine(min(jobs or cores, points))

@@ -17,8 +17,8 @@ from typing import Any
 from moeplan.cli.render_sweep import shown
 from moeplan.errors import DeviceError, FileError
 from moeplan.planner.plan_data import read_layout
-from moeplan.planner.sweep import Sweep
-from moeplan.planner.sweep_store import Row
+from moeplan.planner.sweeps.store import Row
+from moeplan.planner.sweeps.sweep import Sweep
 from moeplan.records import save_text
 from moeplan.units import GIB
 

@@ -18,9 +18,9 @@ import numpy as np
 from moeplan.cli.page import SERIES, page
 from moeplan.cli.plot_terminal import Axis
 from moeplan.cli.render_sweep import HEADS, bests, named, plan_text, shown, summary_lines
-from moeplan.planner.sweep import Sweep
-from moeplan.planner.sweep_answer import Answer
-from moeplan.planner.sweep_store import Row
+from moeplan.planner.sweeps.answer import Answer
+from moeplan.planner.sweeps.store import Row
+from moeplan.planner.sweeps.sweep import Sweep
 from moeplan.units import GIB, format_seconds
 
 WIDTH, HEIGHT = 480, 250

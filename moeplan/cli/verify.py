@@ -15,8 +15,8 @@ from moeplan.cli.options import COUNT, Count, check_writable, json_option, need_
 from moeplan.errors import MoeplanError, UsageError
 
 if TYPE_CHECKING:
-    from moeplan.planner.layer_comparison import Comparison, TimedRun
-    from moeplan.planner.layer_setup import LayerSetup
+    from moeplan.planner.layers.comparison import Comparison, TimedRun
+    from moeplan.planner.layers.setup import LayerSetup
     from moeplan.profiles.profile import Profile
     from moeplan.profiles.world import World
     from moeplan.runtime.verify import Checked, Variant
@@ -163,7 +163,7 @@ def _question(
     schedules: str,
     degrees: str,
 ) -> _Question:
-    from moeplan.planner.layer_setup import scaled_layer
+    from moeplan.planner.layers.setup import scaled_layer
     from moeplan.planner.plan import load_plan
     from moeplan.profiles.profile_file import load_profile
 
@@ -238,7 +238,7 @@ class _silent:
 
 def _compared(world: World, timed: list[TimedRun], profile: Profile, say: Callable[[str], None]) -> Comparison | None:
     """The runs beside the predictions of the profile; None where nothing was measured."""
-    from moeplan.planner.layer_comparison import compare
+    from moeplan.planner.layers.comparison import compare
     from moeplan.profiles.world import environment_of
 
     if not timed:
@@ -263,7 +263,7 @@ def _show(
     as_json: bool,
 ) -> None:
     from moeplan.cli import render_verify
-    from moeplan.planner.layer_runs import table_text
+    from moeplan.planner.layers.runs import table_text
     from moeplan.records import save_text
 
     if output is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.errors import ProblemError
-from moeplan.planner.layer_runs import LayerRun, predict
+from moeplan.planner.layers.runs import LayerRun, predict
 from moeplan.profiles.origin import CalibratedOn
 from moeplan.profiles.profile import Profile
 

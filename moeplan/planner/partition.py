@@ -1,6 +1,6 @@
 """Two partitions by mixed-integer programmes: layers to pipeline chunks, and gradients to windows of the backward pass.
 
-Layers: the split with the least closed form of a step's passes within memory (`stage_problem.py`, which has its dynamic
+Layers: the split with the least closed form of a step's passes within memory (`stages/problem.py`, which has its dynamic
 programme).
     minimise    Z
     rank time   m t_r + before_r [+ waits_r]                             <= Z          for every rank r
@@ -36,7 +36,7 @@ import pulp  # type: ignore[import-untyped]
 
 from moeplan.costmodels.moe.base import AlphaBeta
 from moeplan.costmodels.moe.gradients import BackwardLayer, Partition, Window, filled, windows
-from moeplan.planner.stage_problem import StageProblem, waits
+from moeplan.planner.stages.problem import StageProblem, waits
 
 GAIN = 1e4
 """What all gradients that can be hidden are worth in the objective: CBC takes steps of 1e-5 for none."""

@@ -111,7 +111,7 @@ def solve(
 
 def _split(problem: Problem, found: Search, splits: Splits, started: float, progress: Progress | None) -> Solution:
     """The plans of a search with the best splits of layers."""
-    from moeplan.planner.refine import refine, resplit  # the simulator and the solvers are loaded where they are needed
+    from moeplan.planner.stages.refine import refine, resplit  # the simulator and the solvers are loaded where they are needed
 
     deadline_s = started + splits.time_limit_s
     plain = resplit(problem, found.best)

@@ -18,9 +18,9 @@ import torch.distributed
 from moeplan.costmodels.moe.base import Direction
 from moeplan.costmodels.simulate import Timeline
 from moeplan.errors import DeviceError
-from moeplan.planner.layer_comparison import TimedRun
-from moeplan.planner.layer_runs import LayerRun
-from moeplan.planner.layer_setup import LayerSetup
+from moeplan.planner.layers.comparison import TimedRun
+from moeplan.planner.layers.runs import LayerRun
+from moeplan.planner.layers.setup import LayerSetup
 from moeplan.profiles.timing import summary
 from moeplan.profiles.world import World
 from moeplan.runtime.executor import lanes_for

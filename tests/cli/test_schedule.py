@@ -49,8 +49,8 @@ def test_schedules_that_are_alike_share_a_row(moeplan: Moeplan) -> None:
 def test_columns_are_left_out_before_numbers_are_cut(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     from moeplan.cli import render_schedule
     from moeplan.costmodels.moe.constants import load_constants
-    from moeplan.planner.layer_question import Asked
-    from moeplan.planner.layer_study import compared
+    from moeplan.planner.layers.question import Asked
+    from moeplan.planner.layers.study import compared
 
     fits = load_constants("fsmoe-b")
     numbers = {"tokens": 4096, "hidden": 4096, "expert-hidden": 14336, "top-k": 2, **fits.groups}
@@ -233,7 +233,7 @@ def test_refused(moeplan: Moeplan, arguments: list[str], code: int, message: str
 
 @pytest.mark.parametrize("bad", ["kappa=0:1.2:+0.001", "gradient-bytes=0,-1"])
 def test_a_sweep_that_fails_leaves_no_file(moeplan: Moeplan, tmp_path: Path, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeplan.planner.layer_sweep.BLOCK", 100)
+    monkeypatch.setattr("moeplan.planner.layers.sweep.BLOCK", 100)
     end = moeplan("schedule", *B, "--sweep", bad, "-o", tmp_path / "grid.csv")
     assert end.code == 2 and list(tmp_path.iterdir()) == []
 

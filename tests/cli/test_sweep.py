@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Moeplan
-from tests.planner.sweeps import TEXT, write
+from tests.planner.sweeps.cases import TEXT, write
 
 POINTS = 12
 
@@ -185,9 +185,9 @@ def test_the_page_draws_every_axis(undisturbed: tuple[Path, list[Any]], tmp_path
 
 def test_many_lines_become_the_best_of_each_colour(tmp_path: Path) -> None:
     from moeplan.cli.sweep_page import sweep_page
-    from moeplan.planner.sweep import load_sweep
-    from moeplan.planner.sweep_answer import Answer
-    from moeplan.planner.sweep_store import Row
+    from moeplan.planner.sweeps.answer import Answer
+    from moeplan.planner.sweeps.store import Row
+    from moeplan.planner.sweeps.sweep import load_sweep
 
     text = TEXT.replace("[16, 32]", "{from: 16, to: 640, step: 16}")
     sweep = load_sweep(write(tmp_path, text))

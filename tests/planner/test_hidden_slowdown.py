@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moeplan.costmodels.moe.schedules import find_schedule
-from moeplan.planner.layer_runs import LayerRun, predict
+from moeplan.planner.layers.runs import LayerRun, predict
 from moeplan.profiles.measured import measured_profile
 from moeplan.profiles.profile import Profile
 from moeplan.profiles.samples import Sample

@@ -12,7 +12,7 @@ import pytest
 
 from moeplan.errors import ProblemError
 from moeplan.planner.partition import Split, split_by_milp
-from moeplan.planner.stage_problem import Moment, StageProblem, split_by_programme
+from moeplan.planner.stages.problem import Moment, StageProblem, split_by_programme
 
 
 def random_problem(rng: random.Random, chunks_per_rank: int = 1, *, kinds: int = 3) -> StageProblem:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moeplan.costmodels.model_catalog import load_model
-from moeplan.planner.layer_runs import read_layer_runs
+from moeplan.planner.layers.runs import read_layer_runs
 from moeplan.planner.plan import load_plan
 from moeplan.planner.problem import Problem
 from moeplan.planner.solve import solve
