@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moeplan.costmodels.memory import StageParameters
 from moeplan.costmodels.pipeline.waves import span_s
 from moeplan.planner.stages.problem import chunk_sizes, layer_counts, pass_seconds
 from moeplan.planner.stages.setup import Group
@@ -60,6 +61,15 @@ class LevelSplits:
                 kept = saved @ np.einsum("svk,v->ks", counts[:, :, r], in_flight)
                 out &= states + kept + beside[:, None] <= group.limit_bytes
         return out
+
+    def most_parameters(self, layouts: Any, splits: Any) -> StageParameters:
+        """Most dense parameters and most of experts that a rank holds, at least, of pairs of a layout and a split, [pairs]."""
+        of_rank = self.counts[splits].sum(axis=1)
+        most = []
+        for of_layer, at_ends in self.group.parameters:
+            layers = np.einsum("prk,kp->rp", of_rank, of_layer[:, layouts])
+            most.append((layers + at_ends[:, layouts]).max(axis=0))
+        return StageParameters(dense=most[0], expert=most[1], plain=0.0)
 
     def exact_spans(self, layouts: Any, splits: Any) -> Any:
         """Seconds of all passes of pairs of a layout and a split, run pass by pass, [pairs]."""

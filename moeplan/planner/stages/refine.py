@@ -138,26 +138,29 @@ class _Open:
 class _Level:
     """Level splits of a group of layouts, with what a step takes under each at least."""
 
-    def __init__(self, group: Group, rest: Rest) -> None:
-        self.group, self.rest, self.splits = group, rest, LevelSplits(group)
-        spans, self.longest_s = self.splits.spans()
-        self.took_s = spans + rest.seconds(group.rows[:, None], self.longest_s)
+    def __init__(self, problem: Problem, rows: Layouts, group: Group, rest: Rest) -> None:
+        """`rows`, `rest`: of all layouts, of which the group has some."""
+        self.problem, self.rows, self.group, self.splits = problem, rows, group, LevelSplits(group)
+        self.spans, self.longest_s = self.splits.spans()
+        self.took_s = self.spans + rest.seconds(group.rows[:, None], self.longest_s)
         self.least_s = self.took_s.min(initial=np.inf)
 
-    def below(self, limit_s: float) -> Any:
-        """Layouts and splits that fit and could take less, the most promising first, [pairs, 2]."""
+    def below(self, limit_s: float) -> tuple[Any, Any]:
+        """Layouts and splits that fit and could take less, [pairs, 2], with what they take beside the passes at least."""
         below = self.took_s < limit_s
         layouts, splits = np.flatnonzero(below.any(axis=1)), np.flatnonzero(below.any(axis=0))
         below[np.ix_(layouts, splits)] &= self.splits.fits(layouts, splits)
-        pairs = np.argwhere(below)
-        return pairs[np.argsort(self.took_s[tuple(pairs.T)], kind="stable")]
+        layouts, splits = np.nonzero(below)
+        rest_s = self._rest_s(layouts, splits)
+        took_s = self.spans[layouts, splits] + rest_s
+        order = np.argsort(took_s, kind="stable")[: int((took_s < limit_s).sum())]
+        return np.stack([layouts, splits], axis=1)[order], rest_s[order]
 
-    def exact_s(self, pairs: Any) -> Any:
-        """What a step takes at least, its passes run one by one, [pairs]."""
-        layouts, splits = pairs.T
-        return self.splits.exact_spans(layouts, splits) + self.rest.seconds(
-            self.group.rows[layouts], self.longest_s[layouts, splits]
-        )
+    def _rest_s(self, layouts: Any, splits: Any) -> Any:
+        """What a step takes beside its passes at least, given the parameters that ranks hold, [pairs]."""
+        held = self.splits.most_parameters(layouts, splits)
+        rest = least_rest(self.problem, self.rows.take(self.group.rows[layouts]), held)
+        return rest.seconds(slice(None), self.longest_s[layouts, splits])
 
 
 class _Refining:
@@ -241,7 +244,7 @@ class _Refining:
         level, of_plain = list[_Level](), np.full(len(rows), np.inf)
         for group in forms:
             if group.chunks_per_rank > 1 or group.again is not None:
-                level.append(_Level(group, rest))
+                level.append(_Level(self.problem, rows, group, rest))
                 of_plain[group.rows] = 0.0
             else:
                 of_plain[group.rows] = np.minimum(of_plain[group.rows], self._plain(rows, group, rest))
@@ -280,14 +283,15 @@ class _Refining:
 
     def _level(self, rows: Layouts, level: _Level) -> None:
         """Price the level splits of a group that could be faster than the best, until none is left."""
-        pairs = level.below(self.best.step_s)
+        pairs, rest_s = level.below(self.best.step_s)
         self.opened += len(np.unique(pairs[:, 0]))
         for start in range(0, len(pairs), RUN):
-            some = pairs[start : start + RUN]
-            if level.took_s[tuple(some[0])] >= self.best.step_s:
+            layouts, splits = pairs[start : start + RUN].T
+            beside_s = rest_s[start : start + RUN]
+            if level.spans[layouts[0], splits[0]] + beside_s[0] >= self.best.step_s:
                 break
-            layouts, splits = some.T
-            self._price_all(rows, level.group, layouts, level.splits.splits[splits], level.exact_s(some))
+            exact_s = level.splits.exact_spans(layouts, splits) + beside_s
+            self._price_all(rows, level.group, layouts, level.splits.splits[splits], exact_s)
 
     def _price(self, rows: Layouts, group: Group, places: Any, splits: Sequence[Sequence[int]]) -> None:
         """Exact prices of layouts of a group under splits; the best that the framework accepts and the devices hold is kept."""

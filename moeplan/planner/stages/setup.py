@@ -19,7 +19,7 @@ import numpy as np
 from moeplan.costmodels.constants import STEP
 from moeplan.costmodels.layer_tables import LayerTables
 from moeplan.costmodels.layout import Layouts
-from moeplan.costmodels.memory import least_most_parameters, micro_batches
+from moeplan.costmodels.memory import StageParameters, least_most_parameters, micro_batches, unit_parameters
 from moeplan.costmodels.moments import compositions
 from moeplan.costmodels.peak import head_bytes
 from moeplan.costmodels.price import Pricing
@@ -74,6 +74,8 @@ class Group:
     fixed_backward_s: Any
     moments: Sequence[tuple[Any, Any]]
     """When each rank can be fullest: micro-batches in flight in its chunks, [M, v]; what it holds beside layers, [M, n]."""
+    parameters: Sequence[tuple[Any, Any]]
+    """Dense ones and those of experts: of a layer of each kind, [K, n], and of what stands at the ends, [R, n], at least."""
     limit_bytes: float
     fewest: tuple[int, ...]
     """Layers that each chunk must hold at least, [C]."""
@@ -90,6 +92,7 @@ class Group:
             self,
             rows=self.rows[keep],
             moments=[(held, base[:, keep]) for held, base in self.moments],
+            parameters=[(of_layer[:, keep], at_ends[:, keep]) for of_layer, at_ends in self.parameters],
             **{name: getattr(self, name)[:, keep] for name in columns},
         )
 
@@ -136,13 +139,13 @@ class Rest:
         return self.fixed_s[layouts] + self.once.seconds(layouts, micro_batch_s)
 
 
-def least_rest(problem: Problem, rows: Layouts) -> Rest:
-    """What a step takes beside its passes that no split avoids."""
+def least_rest(problem: Problem, rows: Layouts, held: StageParameters | None = None) -> Rest:
+    """What a step takes beside its passes that no split avoids, or none whose fullest ranks hold these parameters, [n]."""
     profile, workload = problem.profile, problem.workload
     inside, across = send_times(problem.model, profile, workload, rows)
     one = np.where(rows.tp * rows.cp * rows.dp < profile.cluster.domain_gpus, inside, across)
     sends = sends_exposed_s(one, micro_batches(workload, rows), rows.pp, rows.vpp)
-    return Rest(STEP.overhead_s + sends, once(problem, rows, least_most_parameters(problem.model, rows)))
+    return Rest(STEP.overhead_s + sends, once(problem, rows, held or least_most_parameters(problem.model, rows)))
 
 
 def least_rest_s(problem: Problem, rows: Layouts) -> Any:
@@ -196,6 +199,9 @@ class _Table:
         self.working = parts["working set"][0]  # a rank without the head has all of it
         self.logits = np.broadcast_to(head_bytes(model, workload, rows), len(rows))
         self.batches = micro_batches(workload, rows)
+        keys, of_row = rows.distinct("tp", "ep", "etp")
+        units = unit_parameters(model, keys)
+        self.parameters = [held[:, of_row] for held in (units.dense, units.expert)]
 
     def group(self, inside: Any, rows: Any) -> Group:
         """The stage problems at some places, all of the same pipeline and number of micro-batches."""
@@ -232,11 +238,25 @@ class _Table:
             fixed_forward_s=fixed[0],
             fixed_backward_s=fixed[1],
             moments=[self._moments(inside, rank, base[rank], len(model.mtp) * saved[0][-1, inside]) for rank in range(pp)],
+            parameters=[self._parameters(held[:, inside], pp, len(tables)) for held in self.parameters],
             limit_bytes=self.problem.peak_limit_bytes,
             fewest=tuple(fewest.tolist()),
             most=tuple(most.tolist()),
             again=again,
         )
+
+    def _parameters(self, held: Any, pp: int, copies: int) -> tuple[Any, Any]:
+        """Parameters of a layer of each kind, and of what stands at the ends, of those of all units, [units, n].
+
+        The final norm, which moves with the last layer, is left out.
+        """
+        kinds = len(self.problem.model.kinds)
+        ends = np.zeros((pp, held.shape[1]))
+        ends[0] += held[kinds]
+        ends[-1] += held[kinds + 1]
+        if self.problem.model.mtp:  # with a copy of the embedding
+            ends[-2 if self.alone else -1] += held[-1] + held[kinds]
+        return np.concatenate([held[:kinds]] * copies), ends
 
     def _moments(self, inside: Any, rank: int, base: Any, predicted: Any) -> tuple[Any, Any]:
         """When a rank can be fullest; `base`: what it holds beside layers and for a moment, [n].

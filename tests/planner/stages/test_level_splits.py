@@ -7,9 +7,11 @@ import random
 import numpy as np
 import pytest
 
+from moeplan.costmodels.memory import rank_parameters, unit_parameters
+from moeplan.costmodels.stages import all_ranks
 from moeplan.planner.stages.level_splits import LevelSplits, level_splits
 from moeplan.planner.stages.problem import chunk_sizes
-from moeplan.planner.stages.setup import Group, groups
+from moeplan.planner.stages.setup import Group, groups, split_text
 from tests.planner.stages.test_refine import every_split
 from tests.planner.stages.test_setup import CASES, case
 
@@ -42,6 +44,22 @@ def test_they_cost_what_stage_problems_say(index: int) -> None:
         assert (longest[0] <= spans[0] / group.batches * (1 + 1e-9)).all()
         assert splits.exact_spans(0 * places, places) == pytest.approx(stages.exact_spans(sizes), rel=1e-12)
         assert (splits.fits(np.array([0]), places)[0] == (stages.excess_bytes(sizes) <= 0.0)).all()
+
+
+@pytest.mark.parametrize("index", [i for i, (*_, fields) in enumerate(CASES) if fields.get("vpp", 1) > 1])
+def test_the_fullest_rank_holds_what_prices_say_but_for_the_final_norm(index: int) -> None:
+    problem, rows, _ = case(index)
+    units = unit_parameters(problem.model, rows)
+    for group in groups(problem, rows):
+        splits = LevelSplits(group)
+        some = np.arange(0, len(splits.splits), max(1, len(splits.splits) // 20))
+        held = splits.most_parameters(0 * some, some)
+        for place, sizes in enumerate(splits.splits[some]):
+            ranks = all_ranks(problem.model, group.ranks, group.chunks_per_rank, split_text(problem, sizes, group.alone))
+            actual = rank_parameters(problem.model, ranks, units)
+            norm = problem.model.hidden
+            assert actual.dense.max() - norm <= held.dense[place] <= actual.dense.max()
+            assert held.expert[place] == pytest.approx(actual.expert.max(), rel=1e-12)
 
 
 def test_few_splits_that_are_not_level_are_faster() -> None:
