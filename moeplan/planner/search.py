@@ -70,8 +70,10 @@ class Search:
     """No plan beside the best can be faster than this: the k-th best step time or the limit; infinite if there is no other."""
     nearest_excess_bytes: float = np.inf
     """By how much the smallest layout that memory forbids misses the device."""
-    opened: list[tuple[Layouts, Any]] = field(default_factory=list, compare=False, repr=False)
-    """Layouts without recompute of the degrees that were looked at, and their closed forms."""
+    opened: list[Layouts] = field(default_factory=list, compare=False, repr=False)
+    """Layouts without recompute of the degrees that were looked at."""
+    looked: list[tuple[Layouts, Any, Any]] = field(default_factory=list, compare=False, repr=False)
+    """Those that were looked at closely, with their closed forms and the peaks that `_look` notes."""
 
 
 def search(
@@ -124,9 +126,9 @@ class _Search:
     def run_again(self, known: Search) -> list[Candidate]:
         """The best of the layouts that another search opened."""
         groups, large, _ = self.levels.groups()
-        if known.opened:
-            rows, bound = zip(*known.opened, strict=True)
-            self._look_closer(Layouts.joined(rows), np.concatenate(bound))
+        for rows, bound, peak in known.looked:
+            below = bound < self._limit()
+            self._look(rows.take(below), bound[below], peak[below])
         self._relieve(large, alone=not len(groups))
         return self._best()
 
@@ -152,7 +154,7 @@ class _Search:
         # 1. features, priced without recompute: a bound on every set of recomputed modules
         rows = self.levels.spread(groups, self._limit())
         bound = self._pricing(rows).step_seconds()
-        self.found.opened.append((rows, bound))
+        self.found.opened.append(rows)
         # 2. a closer look
         self._look_closer(rows, bound)
 
@@ -164,14 +166,20 @@ class _Search:
             start = part.stop
         self._reject(SLOWER, (len(rows) - start) * len(self.sets))
 
-    def _look(self, rows: Layouts, bound: Any) -> None:
-        """Memory under every set of recomputed modules, then the price of the minimal sets that fit."""
+    def _look(self, rows: Layouts, bound: Any, noted: Any = None) -> None:
+        """Memory under every set of recomputed modules, then the price of the minimal sets that fit.
+
+        `noted`: peaks under these that an earlier search found, NaN where the framework refuses a set, [n, sets].
+        """
         spread = self.levels.with_sets(rows)
         source = np.repeat(np.arange(len(rows)), len(self.sets))
-        accepted = self.levels.accepts_recompute(spread)
+        accepted = self.levels.accepts_recompute(spread) if noted is None else ~np.isnan(noted.ravel())
         spread, source = spread.take(accepted), source[accepted]
-        pricing = self._pricing(spread)
-        peak = pricing.peak_bytes()
+        if noted is None:
+            noted = np.full((len(rows), len(self.sets)), np.nan)
+            noted.ravel()[accepted] = self._pricing(spread).peak_bytes()
+            self.found.looked.append((rows, bound, noted))
+        peak = noted.ravel()[accepted]
         excess = self.problem.excess_bytes(peak)
         fits = excess <= 0
         self._nearest(excess)

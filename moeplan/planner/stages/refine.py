@@ -177,7 +177,7 @@ class _Refining:
         """All layouts."""
         # 1. layouts that could be faster under another split
         if found is not None and found.opened and self.best.step_s <= found.bound_s:
-            rows = Layouts.joined([rows.take(rows.pp > 1) for rows, _ in found.opened])
+            rows = Layouts.joined([rows.take(rows.pp > 1) for rows in found.opened])
         else:
             rows = open_rows(self.problem, self.best.step_s)
         rows = once_each(rows)
