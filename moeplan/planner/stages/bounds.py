@@ -13,7 +13,7 @@ X <= r t_r. Memory limits the layers of a rank too, with their states and the mi
 saves most. A layout could only beat R if all ranks together can hold all layers, those of the commonest kind and all of them
 taken as the lightest. A layout that fails has no split that is faster; one that passes may have none either.
 
-Where only the first layers of each chunk recompute, W holds those that must at least, and a layer takes longer in proportion.
+Where only the first layers of each chunk recompute, W holds those that must at least, and the lightest takes longer.
 Arrays are over n layouts, [n], over their ranks as well, [R, n], over layer kinds, [K, n].
 """
 
@@ -68,12 +68,13 @@ class Reach:
             "whole": _whole_s(problem, rows),
             "rest_s": least_rest_s(problem, rows),
             "lean_layers": np.full(len(rows), EVERY),
+            "again_s": np.zeros(len(rows)),
         }
         return cls(problem, rows, leanest, columns)
 
     def recomputing(self, rows: Layouts, source: Any) -> Reach:
         """Layouts that differ from these at the places `source` by what they recompute."""
-        columns = {name: self.columns[name][source] for name in ("batches", "rest_s", "lean_layers")}
+        columns = {name: self.columns[name][source] for name in ("batches", "rest_s", "lean_layers", "again_s")}
         return Reach(self.problem, rows, 0, columns | {"whole": _whole_s(self.problem, rows)})
 
     @property
@@ -101,16 +102,15 @@ class Reach:
         counts = np.arange(1, most + 1)[:, None]
         share = np.minimum(counts / largest, 1.0)
         inner = np.maximum(self.rows.pp * self.rows.vpp - ENDS, 0) * np.minimum(counts, fewest)
-        longer = given.columns["lean_s"] - given.columns["seconds"]
-        whole = given.columns["whole"] + np.maximum(inner, share * layers) * longer.min(axis=0)
+        longer = (given.columns["lean_s"] - given.columns["seconds"]).min(axis=0)
+        whole = given.columns["whole"] + np.maximum(inner, share * layers) * longer
         # 2. those that could be fast enough; some layer of a chunk, or prediction layers, must not recompute
         keep = (counts <= largest - (not problem.model.mtp)) & (
             given.columns["batches"] * whole / self.rows.pp + given.columns["rest_s"] < limit_s
         )
         count, source = np.nonzero(keep)
-        out, share = given.take(source), share[keep]
-        seconds = out.columns["seconds"] + share * longer[:, source]
-        columns = out.columns | {"whole": whole[keep], "seconds": seconds, "lean_layers": count + 1.0}
+        out = given.take(source)
+        columns = out.columns | {"whole": whole[keep], "again_s": (share * longer)[keep], "lean_layers": count + 1.0}
         return dataclasses.replace(out, columns=columns, level=True), source
 
     def with_memory(self) -> Reach:
@@ -178,14 +178,18 @@ class _Pipeline:
         within[-1] -= self.columns["head_s"]
         counts = [of_layer.count(k) for k in range(len(model.kinds))]
         most = int(np.argmax(counts))
-        tables = [self.columns[name] for name in ("seconds", "states", "lean", "saved")]
-        tests = [(len(of_layer), self.fewest, [table.min(axis=0) for table in tables])]
-        if len(counts) > 1:  # a chunk may have its fewest layers of other kinds
-            tests.append((counts[most], 0, [table[most] for table in tables]))
+        tables = [self.columns[name] for name in ("states", "lean", "saved")]
+        tests = [(len(of_layer), self.fewest, [self._lightest_s(), *(table.min(axis=0) for table in tables)])]
+        if len(counts) > 1:  # a chunk may have its fewest layers, and those that recompute, of other kinds
+            tests.append((counts[most], 0, [self.columns["seconds"][most], *(table[most] for table in tables)]))
         for layers, fewest, needed in tests:
             if out.any():
                 out &= self._capacity(within, fewest, *needed) >= layers
         return out
+
+    def _lightest_s(self) -> Any:
+        """Seconds of one micro-batch in a layer, with what layers recompute spread over all, at least, [n]."""
+        return self.columns["seconds"].min(axis=0) + self.columns["again_s"]
 
     def _slowest_s(self) -> Any:
         """Seconds that the slowest rank may take for one micro-batch, [n]."""
@@ -202,7 +206,7 @@ class _Pipeline:
         rank = np.arange(p)[:, None]
         if self.vpp > 1:
             first = np.maximum(rank - 1.0, 0.0) * self.fewest  # the first chunk may hold no layer
-            return np.minimum(slowest, (self.room - first * self.columns["seconds"].min(axis=0)) / m)
+            return np.minimum(slowest, (self.room - first * self._lightest_s()) / m)
         lag = m - 1.0 - (p - 1 - rank) * np.where(m > p, 0.5, 1.0)
         out = np.minimum(slowest, (self.room - self.whole) / np.maximum(lag, 1.0))
         return np.where(lag >= 1.0, out, slowest)
