@@ -146,7 +146,8 @@ def _heaviest(prefix: list[float], tail: float, sizes: Sequence[int]) -> float:
     """Load of the heaviest chunk."""
     ends = list(accumulate(sizes))
     loads = [prefix[end] - prefix[end - size] for end, size in zip(ends, sizes, strict=True)]
-    return max(*loads[:-1], loads[-1] + tail) if len(loads) > 1 else loads[0] + tail
+    loads[-1] += tail
+    return max(loads)
 
 
 def _fill(prefix: list[float], tail: float, chunks: int, bound: float) -> list[int] | None:

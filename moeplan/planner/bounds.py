@@ -45,7 +45,7 @@ def least_step_seconds(problem: Problem, groups: Layouts, micro_batches: Sequenc
     per_sample: Any = np.asarray(whole / rows.micro_batch).reshape(len(keys), -1).min(axis=1)
     work = workload.global_batch / groups.dp * per_sample[of_row] / groups.pp
     degrees, of_row = groups.distinct(*ONCE_FIELDS)
-    return work + STEP.overhead_s + once(problem, degrees, mean_parameters(model, degrees)).seconds(of_row)
+    return work + STEP.overhead_s + once(problem, degrees, mean_parameters(model, degrees)).seconds(slice(None))[of_row]
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,11 +155,7 @@ class _Search:
         rows = self.levels.spread(groups, self._limit())
         bound = self._pricing(rows).step_seconds()
         self.found.opened.append(rows)
-        # 2. a closer look
-        self._look_closer(rows, bound)
-
-    def _look_closer(self, rows: Layouts, bound: Any) -> None:
-        """Look at rows in the order of their prices without recompute."""
+        # 2. a closer look in that order
         order, start = np.argsort(bound, kind="stable"), 0
         for part in self._promising(bound[order], CLOSER_AT_ONCE):
             self._look(rows.take(order[part]), bound[order[part]])

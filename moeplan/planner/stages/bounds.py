@@ -95,9 +95,9 @@ class Reach:
         problem, given = self.problem, self.with_memory()
         if not len(self.rows):
             return given, np.zeros(0, np.int64)
-        layers, pipelines = len(problem.model.layers), self.rows.distinct("pp", "vpp")
-        sizes = [level_sizes(layers, p, v) for p, v in zip(pipelines[0].pp.tolist(), pipelines[0].vpp.tolist(), strict=True)]
-        fewest, largest = np.array(sizes, np.int64).reshape(-1, 2).T[:, pipelines[1]]
+        layers, (pipelines, of_row) = len(problem.model.layers), self.rows.distinct("pp", "vpp")
+        sizes = [level_sizes(layers, p, v) for p, v in zip(pipelines.pp.tolist(), pipelines.vpp.tolist(), strict=True)]
+        fewest, largest = np.array(sizes, np.int64).T[:, of_row]
         # 1. layers that recompute: of each chunk that is no end, and of chunks of s layers min(k, s) >= k s / largest in all
         counts = np.arange(1, most + 1)[:, None]
         share = np.minimum(counts / largest, 1.0)

@@ -31,7 +31,7 @@ from moeplan.planner.stages.bounds import Reach
 from moeplan.planner.stages.level_splits import LevelSplits
 from moeplan.planner.stages.problem import split_by_programme, splits_within
 from moeplan.planner.stages.proofs import Task, proofs
-from moeplan.planner.stages.setup import Group, Rest, groups, least_rest, least_rest_s, split_text
+from moeplan.planner.stages.setup import Group, Rest, groups, least_rest, split_text
 
 AT_ONCE = 4096
 """Layouts whose stage problems are made together."""
@@ -329,7 +329,7 @@ class _Refining:
         """Programmes that were solved, and what they prove of each layout; splits that come out are priced."""
         tasks, at = [], []
         for some in left:
-            rest, bound = least_rest_s(self.problem, some.rows), some.reach.least_s
+            rest, bound = some.reach.columns["rest_s"], some.reach.least_s
             for group in groups(self.problem, some.rows):
                 for i, row in enumerate(group.rows.tolist()):
                     tasks.append(Task(group.one(i), float(rest[row]), float(bound[row]), aim_s, self.deadline_s))
